@@ -1,0 +1,96 @@
+"""Builds every unit's decoder for the outlet it reads, and tries it there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from einops.layers.torch import Rearrange
+from torch import Tensor, nn
+
+from locallearn._segment import unchanged
+from locallearn._shapes import Outlet, channel_axis, undisturbed
+from locallearn.plan import Plan
+from locallearn.sharing import Sharing
+
+
+def attach(
+    decoder: Callable[[int], nn.Module] | Sequence[nn.Module],
+    plan: Plan,
+    sharing: Sharing,
+    outlets: Sequence[Outlet],
+    axis: int | None,
+    dtype: torch.dtype,
+) -> nn.ModuleList:
+    """One module per unit, from the outlet of the unit's last stage to what its loss reads.
+
+    Args:
+        decoder: makes a module from the outlet's width; or the modules themselves.
+        plan: its units tell which outlet.
+        sharing: may put a private stage in front.
+        outlets: of every stage, for a small batch.
+        axis: where the outlets have their channels, or ``None`` to go by their shape.
+        dtype: of the decoders' weights.
+
+    Raises:
+        TypeError: if ``decoder`` is or makes something else.
+        ValueError: if there are too many or too few, or one does not run on its outlet.
+    """
+    make = _maker(decoder, len(plan.units))
+    stages = [outlet.module for outlet in outlets]
+    attached = nn.ModuleList()
+    for k, unit in enumerate(plan.units):
+        features, parts = outlets[unit.last].features, list[nn.Module]()
+        if (private := sharing.private(unit, stages)) is not None:
+            parts.append(private)
+            with undisturbed(private), torch.no_grad():
+                features = private(features)
+        at = channel_axis(features) if axis is None else axis
+        if at == -1 and features.ndim > 3:
+            parts.append(Rearrange("n ... c -> n c ..."))
+        parts.append(make(k, features.shape[at]))
+        whole = parts[0] if len(parts) == 1 else nn.Sequential(*parts)
+        _follow(whole, outlets[unit.last].features.device, dtype)
+        _try(k, whole, outlets[unit.last].features)
+        attached.append(whole)
+    return attached
+
+
+def _maker(decoder: object, units: int) -> Callable[[int, int], nn.Module]:
+    """``make(unit, width)``, whichever way the user gave the decoders."""
+    if isinstance(decoder, nn.ModuleList | list | tuple):
+        ready = list(decoder)
+        if len(ready) != units:
+            raise ValueError(f"decoder lists {len(ready)} modules for {units} units; it needs one per unit")
+        if wrong := [type(module).__name__ for module in ready if not isinstance(module, nn.Module)]:
+            raise TypeError(f"decoder is a list of modules, one per unit; it holds {wrong}")
+        return lambda k, width: ready[k]
+    if isinstance(decoder, nn.Module) or not callable(decoder):
+        raise TypeError(
+            "decoder is a callable that makes a module from a width, such as decoder=ConvMLPDecoder, or a list of modules, one "
+            f"per unit; got {type(decoder).__name__} {'itself' if isinstance(decoder, nn.Module) else decoder!r}"
+        )
+
+    def make(k: int, width: int) -> nn.Module:
+        module = decoder(width)
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"decoder({width}) makes a module; it returned a {type(module).__name__}")
+        return module
+
+    return make
+
+
+def _follow(decoder: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    weights = [*decoder.parameters(), *decoder.buffers()]
+    if any(t.device != device or (t.is_floating_point() and t.dtype != dtype) for t in weights):
+        decoder.to(device, dtype)
+
+
+def _try(k: int, decoder: nn.Module, outlet: Tensor) -> None:
+    with undisturbed(decoder), torch.no_grad(), unchanged(outlet, f"the decoder of unit {k}"):
+        try:
+            decoder(outlet.detach())
+        except Exception as error:
+            raise ValueError(
+                f"the decoder of unit {k} does not run on the outlet it reads, of shape {tuple(outlet.shape)}: {error}"
+            ) from error

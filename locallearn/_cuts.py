@@ -1,0 +1,142 @@
+"""Where stages end in a given backbone: names found and checked, hooks on and off."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from threading import get_ident
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def find(backbone: nn.Module, stages: Sequence[str | int | nn.Module]) -> tuple[str, ...]:
+    """The names of the submodules after which the stages end.
+
+    Args:
+        backbone: where to look.
+        stages: names of submodules (dotted ones too), the submodules themselves, or child indices of an ``nn.Sequential``.
+
+    Raises:
+        TypeError: if ``stages`` is no sequence of those.
+        ValueError: if one is unknown or named twice, all of them in one message.
+    """
+    kind = type(backbone).__name__
+    if isinstance(stages, str | nn.Module) or not isinstance(stages, Sequence) or not stages:
+        raise TypeError(
+            f"stages is a list of the submodules after which a stage ends, such as stages=['layer1', 'layer2']; got {stages!r}"
+        )
+    modules = dict(backbone.named_modules(remove_duplicate=False))
+    children = [name for name, _ in backbone.named_children()]
+    del modules[""]
+    found: list[str] = []
+    unknown: list[object] = []
+    for stage in stages:
+        name: str | None = None
+        if isinstance(stage, str):
+            name = stage if stage in modules else None
+        elif isinstance(stage, nn.Module):
+            name = next((name for name, module in modules.items() if module is stage), None)
+        elif isinstance(stage, bool) or not isinstance(stage, int):
+            raise TypeError(f"a stage is a name, a module or a child index; got {stage!r}")
+        elif not isinstance(backbone, nn.Sequential):
+            raise TypeError(f"child indices need an nn.Sequential; {kind} is none. Name its submodules: {children}")
+        elif -len(children) <= stage < len(children):
+            name = children[stage]
+        if name is None:
+            unknown.append(type(stage).__name__ if isinstance(stage, nn.Module) else stage)
+        else:
+            found.append(name)
+    if unknown:
+        raise ValueError(f"stages name submodules {unknown} that {kind} does not have; it has {children}")
+    first: dict[nn.Module, str] = {}
+    for name in found:
+        if (other := first.setdefault(modules[name], name)) != name or found.count(name) > 1:
+            same = f"{name!r} is named twice" if other == name else f"{other!r} and {name!r} are the same module"
+            raise ValueError(f"a stage ends once; in stages, {same}")
+    return tuple(found)
+
+
+def refuse_compiled(backbone: nn.Module, cuts: Sequence[str] = ()) -> None:
+    """Refuses cuts inside of compiled code, where hooks do not run.
+
+    Raises:
+        ValueError: if the backbone, or a submodule that is a cut or holds one, went through ``torch.compile``.
+    """
+    for cut in ("", *cuts):
+        module, path = backbone, ""
+        for step in ("", *cut.split(".")):
+            module = module.get_submodule(step)
+            path = f"{path}.{step}".strip(".")
+            if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
+                raise ValueError(
+                    f"{type(backbone).__name__} cannot be cut: {f'its submodule {path!r}' if path else 'it'} was compiled, and "
+                    "hooks inside of compiled code do not run. Give LocalWrapper the module as it was before torch.compile"
+                )
+
+
+@contextmanager
+def hooked(backbone: nn.Module, cuts: Sequence[str], on_outlet: Callable[[int, Any], Any]) -> Iterator[None]:
+    """While open, a forward of ``backbone`` goes on with ``on_outlet(stage, outlet)`` in place of each stage's outlet.
+
+    Only the thread that opened it is concerned, and not what ``on_outlet`` itself runs: a decoder, a loss or another
+    thread that calls the backbone meanwhile finds it plain.
+    """
+    owner, busy = get_ident(), False
+
+    def hook(stage: int) -> Callable[[nn.Module, Any, Any], Any]:
+        def hand_on(module: nn.Module, args: Any, output: Any) -> Any:
+            nonlocal busy
+            if busy or get_ident() != owner:
+                return None
+            busy = True
+            try:
+                return on_outlet(stage, output)
+            finally:
+                busy = False
+
+        return hand_on
+
+    modules = [backbone.get_submodule(cut) for cut in cuts]
+    handles = [module.register_forward_hook(hook(stage)) for stage, module in enumerate(modules)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def one_tensor(stage: int, cut: str, output: object) -> Tensor:
+    """``output`` if it is a tensor.
+
+    Raises:
+        TypeError: otherwise.
+    """
+    if isinstance(output, Tensor):
+        return output
+    kind = type(output).__name__
+    size = f" of {len(output)}" if isinstance(output, tuple | list | dict) else ""
+    raise TypeError(
+        f"stage {stage} ends after {cut!r}, which returned a {kind}{size}; one tensor passes a cut. End the stage after a "
+        "submodule that returns a tensor, or wrap this one so that it does"
+    )
+
+
+def check_order(cuts: Sequence[str], ran: Sequence[int], backbone: nn.Module) -> None:
+    """Checks that each stage ended once, and in the order of ``cuts``; ``ran`` lists the stages as they ended.
+
+    Raises:
+        ValueError: otherwise.
+    """
+    never = [cut for stage, cut in enumerate(cuts) if stage not in ran]
+    twice = sorted({cuts[stage] for stage in ran if ran.count(stage) > 1})
+    if never:
+        lists = [cut for cut in never if isinstance(backbone.get_submodule(cut), nn.ModuleList)]
+        hint = f": an nn.ModuleList is never called itself; name its last element, such as {lists[0] + '.3'!r}" if lists else ""
+        raise ValueError(f"stages end after submodules that never ran in a forward: {never}{hint}")
+    if twice:
+        raise ValueError(
+            f"stages end after submodules that ran more than once in a forward: {twice}. End them after submodules that run once"
+        )
+    if list(ran) != sorted(ran):
+        raise ValueError(f"stages are listed in the order in which they run: stages={[cuts[stage] for stage in ran]}; got {list(cuts)}")

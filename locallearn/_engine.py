@@ -1,0 +1,147 @@
+"""Carries out a schedule while the backbone's own forward runs: the only place where tensors meet the plan."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from locallearn._cuts import check_order, hooked, one_tensor
+from locallearn._gradients import Sink
+from locallearn._isolation import Isolation
+from locallearn._segment import Segment, cut, leaves, unchanged
+from locallearn.plan import Plan, Unit
+from locallearn.schedules.actions import Action, Train, last_uses
+
+
+class LocalPass:
+    """One forward of a backbone during which every unit is evaluated and, given a sink, trained.
+
+    Args:
+        backbone: runs its own ``forward``.
+        cuts: the names of the submodules after which the stages end.
+        plan: what each unit's loss reaches and updates.
+        actions: in what order.
+        evaluate: the loss of a unit, a scalar, from the outlet of its last stage.
+        sink: where gradients go; ``None`` only evaluates.
+        scale: a factor on every loss before its backward.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        cuts: tuple[str, ...],
+        plan: Plan,
+        actions: Sequence[Action],
+        evaluate: Callable[[int, Tensor], Tensor],
+        sink: Sink | None,
+        scale: float | Tensor | None = None,
+    ) -> None:
+        self._backbone, self._cuts, self._plan = backbone, cuts, plan
+        self._actions, self._last_uses = deque(actions), last_uses(plan, actions)
+        self._evaluate, self._sink, self._scale = evaluate, sink, scale
+        self._isolation = Isolation(backbone, cuts)
+        self._ran: list[int] = []
+        self._inlet: Tensor | None = None
+        self._segments: dict[int, Segment] = {}
+        self._pending: dict[int, list[Tensor]] = {}  # gradients at outlets for which weights still wait
+        self._losses: dict[int, Tensor] = {}
+
+    def run(self, batch: Tensor) -> list[Tensor]:
+        """Runs the backbone on ``batch`` and returns the units' losses, detached scalars."""
+        with torch.set_grad_enabled(self._sink is not None), hooked(self._backbone, self._cuts, self._outlet):
+            self._begin(0)
+            self._backbone(batch)
+        check_order(self._cuts, self._ran, self._backbone)
+        return [self._losses[k] for k in range(len(self._plan.units))]
+
+    def _begin(self, stage: int) -> None:
+        """Only a stage through which some gradient walks gets a graph; what follows the last cut gets none."""
+        torch.set_grad_enabled(self._sink is not None and stage in self._last_uses)
+
+    def _outlet(self, stage: int, output: object) -> object:
+        """A stage has ended: keeps its segment, trains the units that are due, and begins the next stage."""
+        self._ran.append(stage)
+        if self._ran != list(range(len(self._ran))):
+            return output  # the forward runs to its end, so that check_order can tell the whole story
+        outlet = one_tensor(stage, self._cuts[stage], output)
+        if stage in self._last_uses:
+            self._segments[stage] = Segment(outlet, self._inlet)
+            self._isolation.claim_stage(stage, self._segments[stage].weights)
+        self._actions.popleft()
+        while self._actions and isinstance(self._actions[0], Train):
+            self._train(self._actions.popleft().unit)
+        crossed = any(unit.crosses(stage) and self._walks_below(unit, stage + 1) for unit in self._plan.units)
+        self._inlet, handed_on = cut(outlet, differentiable=crossed)
+        if self._inlet is not None:
+            self._isolation.opens(stage + 1, self._inlet)
+        self._begin(stage + 1)
+        return handed_on
+
+    def _walks_below(self, unit: Unit, stage: int) -> bool:
+        """Whether there is something to train for ``unit`` below ``stage``."""
+        return any(self._segments[below].weights for below in unit.updates if below < stage)
+
+    def _train(self, k: int) -> None:
+        """Evaluates a unit's loss, as the user's autocast says, and walks its gradient down, outside of autocast."""
+        unit = self._plan.units[k]
+        segment = self._segments[unit.last]
+        if segment.changed():
+            raise RuntimeError(
+                f"the outlet of stage {unit.last} ({self._cuts[unit.last]!r}) was changed in place before unit {k} read it: "
+                "the next stage begins with an in-place operation. Build it with inplace=False, or train the unit as soon "
+                "as the stage has run (schedule=sequential)"
+            )
+        trained = torch.set_grad_enabled(self._sink is not None)
+        with trained, unchanged(segment.outlet, f"the decoder or the loss of unit {k}"):
+            leaf, features = cut(segment.outlet, differentiable=self._walks_below(unit, unit.last + 1))
+            loss = self._evaluate(k, features)
+            del features
+        self._losses[k] = loss.detach()
+        with _autocast_off(loss.device.type):
+            self._walk(k, self._through_decoder(loss, leaf))
+
+    def _through_decoder(self, loss: Tensor, leaf: Tensor | None) -> list[Tensor]:
+        """Trains the decoder, and the loss if it has weights; returns the gradient at the outlet below, alone in a list."""
+        if self._sink is None or not loss.requires_grad:
+            return []
+        weights = [weight for weight in leaves(loss) if weight is not leaf]
+        self._isolation.claim_unit(weights)
+        with torch.enable_grad():
+            root = loss if self._scale is None else loss * self._scale
+        return self._sink.push(root, weights, leaf)
+
+    def _walk(self, k: int, flow: list[Tensor]) -> None:
+        """Takes a unit's gradient from the outlet of its last stage down to its lowest one; ``flow`` is its only holder.
+
+        Backpropagation is linear in the gradient: where several units reach a stage, each one's gradient passes through
+        to the inlet by itself, but the weights get theirs once, from the sum of all.
+        """
+        unit = self._plan.units[k]
+        for stage in range(unit.last, unit.lowest - 1, -1):
+            segment, last = self._segments[stage], self._last_uses[stage] == k
+            below = bool(flow) and segment.inlet is not None and self._walks_below(unit, stage)
+            pending = self._pending.pop(stage, [])
+            if last and not pending and stage in unit.updates:
+                flow = self._push(segment, flow, segment.inlet if below else None)
+            else:
+                if flow and stage in unit.updates:
+                    pending = [pending[0] + flow[0]] if pending else [flow[0]]
+                flow = segment.pull(flow, retain=bool(pending) or not last) if below else []
+                if last:
+                    self._push(segment, pending, None)
+                elif pending:
+                    self._pending[stage] = pending
+            if last:
+                del self._segments[stage]
+
+    def _push(self, segment: Segment, box: list[Tensor], inlet: Tensor | None) -> list[Tensor]:
+        assert self._sink is not None or not box
+        return self._sink.push(segment.seed(box), segment.weights, inlet) if self._sink is not None and box else []
+
+
+def _autocast_off(device: str) -> AbstractContextManager[object]:
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()

@@ -1,0 +1,153 @@
+"""What is trained: which stages each local loss reaches, and which of them it updates. Plain integers, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from operator import index
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A run of neighbouring stages under one local loss, which sits at the outlet of stage ``last``.
+
+    The loss's gradient walks down from ``last`` to ``first`` and stops. On its way it updates the stages in
+    ``updates`` and merely passes through the others.
+
+    Args:
+        first: index of the lowest stage that the loss reaches.
+        last: index of the highest one (inclusive): the loss reads its outlet.
+        updates: indices of the stages that the loss updates; all it reaches by default.
+
+    Example:
+        >>> Unit(1, 2)
+        Unit(first=1, last=2, updates=(1, 2))
+    """
+
+    first: int
+    last: int
+    updates: tuple[int, ...]
+
+    def __init__(self, first: int, last: int, updates: Iterable[int] | None = None) -> None:
+        first, last = index(first), index(last)
+        if not 0 <= first <= last:
+            raise ValueError(f"a unit runs from first to last with 0 <= first <= last; got first={first}, last={last}")
+        updated = range(first, last + 1) if updates is None else sorted({index(stage) for stage in updates})
+        if not updated or updated[0] < first or updated[-1] > last:
+            raise ValueError(
+                f"a unit updates at least one of the stages it reaches, {first} to {last}; got updates={list(updated)}"
+            )
+        object.__setattr__(self, "first", first)
+        object.__setattr__(self, "last", last)
+        object.__setattr__(self, "updates", tuple(updated))
+
+    @property
+    def lowest(self) -> int:
+        """The lowest stage that the loss updates, where its walk ends."""
+        return self.updates[0]
+
+    def crosses(self, cut: int) -> bool:
+        """Whether the loss's gradient has to pass the cut between stages ``cut`` and ``cut + 1``."""
+        return self.lowest <= cut < self.last
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which stages each local loss reaches and updates.
+
+    ``print(plan)`` draws it: ``#`` for a stage that a unit reaches and updates, ``.`` for one that it only reaches.
+
+    Args:
+        stages: how many stages the backbone is cut into.
+        units: the units from bottom to top, in the order of their ``last`` stages.
+
+    Example:
+        >>> print(Plan.windows(4, overlap=1))
+                stage 0  1  2  3
+        unit 0        #  #
+        unit 1           #  #
+        unit 2              #  #
+    """
+
+    stages: int
+    units: tuple[Unit, ...]
+
+    def __init__(self, stages: int, units: Sequence[Unit]) -> None:
+        stages, units = index(stages), tuple(units)
+        if stages < 1:
+            raise ValueError(f"a plan needs at least one stage; got stages={stages}")
+        if not units:
+            raise ValueError("a plan needs at least one unit; got none")
+        if beyond := [unit for unit in units if unit.last >= stages]:
+            raise ValueError(f"units reach beyond the last stage, {stages - 1}: {beyond}")
+        lasts = [unit.last for unit in units]
+        if lasts != sorted(lasts):
+            raise ValueError(f"units are listed from bottom to top; got units whose last stages are {lasts}")
+        object.__setattr__(self, "stages", stages)
+        object.__setattr__(self, "units", units)
+
+    @classmethod
+    def windows(cls, stages: int, overlap: int = 1, *, lead_in: bool = False) -> Plan:
+        """Units of ``overlap + 1`` neighbouring stages, each moved up by one (Figure 1 of the LoCo paper).
+
+        ``overlap=0`` is Greedy InfoMax, ``overlap=1`` LoCo, ``overlap=stages - 1`` end-to-end training.
+
+        Args:
+            stages: how many stages the backbone is cut into.
+            overlap: how many stages neighbouring units share, from 0 to ``stages - 1``.
+            lead_in: also train the truncated units at the bottom, which end at the stages 0 to ``overlap - 1``
+                (Appendix A of the paper speaks of a loss on the first stage alone; its Figure 1 has none).
+
+        Raises:
+            ValueError: if ``overlap`` is out of range.
+
+        Example:
+            >>> print(Plan.windows(3, overlap=1, lead_in=True))
+                    stage 0  1  2
+            unit 0        #
+            unit 1        #  #
+            unit 2           #  #
+        """
+        stages, overlap = index(stages), index(overlap)
+        if stages < 1:
+            raise ValueError(f"a plan needs at least one stage; got stages={stages}")
+        if overlap < 0:
+            raise ValueError(f"overlap is at least 0 (Greedy InfoMax); got {overlap}")
+        if overlap >= stages:
+            raise ValueError(
+                f"overlap={overlap} needs at least {overlap + 1} stages; there {'are' if stages > 1 else 'is'} {stages}. "
+                f"Cut the backbone into more stages, or take an overlap from 0 (Greedy InfoMax) to {stages - 1} (end to end)"
+            )
+        tops = range(0 if lead_in else overlap, stages)
+        return cls(stages, [Unit(max(0, top - overlap), top) for top in tops])
+
+    @classmethod
+    def first_blocks(cls, stages: int) -> Plan:
+        """Each loss reaches its own stage and the first blocks of the next one (Table 5, "sharing n blocks").
+
+        The backbone is cut more finely: after each stage, and inside each but the first one after its first n
+        blocks. For two shared blocks of a ResNet, ``stages=["layer1", "layer2.1", "layer2", "layer3.1", "layer3",
+        "layer4.1", "layer4"]`` and ``plan=Plan.first_blocks(4)``.
+
+        Args:
+            stages: how many stages there are before the finer cut; the plan has ``2 * stages - 1``.
+
+        Example:
+            >>> print(Plan.first_blocks(3))
+                    stage 0  1  2  3  4
+            unit 0        #  #
+            unit 1           #  #  #
+            unit 2                 #  #
+        """
+        top = 2 * index(stages) - 2
+        return cls(top + 1, [Unit(max(0, last - 2), last) for last in range(1, top, 2)] + [Unit(max(0, top - 1), top)])
+
+    def __str__(self) -> str:
+        width = max(2, len(str(self.stages - 1))) + 1
+        label = len(f"unit {len(self.units) - 1}")
+        lines = [" " * (label + 2) + "stage" + "".join(f"{s:>{2 if s == 0 else width}}" for s in range(self.stages))]
+        for k, unit in enumerate(self.units):
+            marks = ["#" if s in unit.updates else "." if unit.first <= s <= unit.last else "" for s in range(self.stages)]
+            row = "".join(f"{mark:>{2 if s == 0 else width}}" for s, mark in enumerate(marks))
+            lines.append((f"unit {k}".ljust(label + 7) + row).rstrip())
+        return "\n".join(lines)
