@@ -183,27 +183,33 @@ class TokenDecoder(nn.Module):
 
 
 class _Bottleneck(nn.Module):
-    """1x1, 3x3 with the stride, 1x1, each with BatchNorm, beside a shortcut (He et al., 2016, Figure 5)."""
+    """1x1, 3x3, 1x1 convolutions with BatchNorm beside a shortcut (He et al., 2016, Figure 5), after pooling by the stride.
+
+    The stride is an average pooling in front of both branches, not a stride of a convolution: with one operation that reads
+    the outlet instead of two, the peak of Greedy InfoMax, which lies here in the lowest unit, falls by two such gradients.
+    """
 
     def __init__(self, before: int, width: int, after: int, stride: int) -> None:
         super().__init__()
+        pool = nn.AvgPool2d(stride, ceil_mode=True, count_include_pad=False)  # a 1x1 map stays one
+        self.pool = nn.Identity() if stride == 1 else pool
         self.branch = nn.Sequential(
             *_conv(before, width, 1),
             nn.ReLU(inplace=True),
-            *_conv(width, width, 3, stride),
+            *_conv(width, width, 3),
             nn.ReLU(inplace=True),
             *_conv(width, after, 1),
         )
-        same = before == after and stride == 1
-        self.shortcut = nn.Identity() if same else nn.Sequential(*_conv(before, after, 1, stride))
+        self.shortcut = nn.Identity() if before == after else nn.Sequential(*_conv(before, after, 1))
 
     def forward(self, maps: Tensor) -> Tensor:
+        maps = self.pool(maps)
         total: Tensor = self.branch(maps) + self.shortcut(maps)
         return total.relu_()
 
 
-def _conv(before: int, after: int, kernel: int, stride: int = 1) -> tuple[nn.Module, nn.Module]:
-    return nn.Conv2d(before, after, kernel, stride, padding=kernel // 2, bias=False), nn.BatchNorm2d(after)
+def _conv(before: int, after: int, kernel: int) -> tuple[nn.Module, nn.Module]:
+    return nn.Conv2d(before, after, kernel, padding=kernel // 2, bias=False), nn.BatchNorm2d(after)
 
 
 def _check(decoder: nn.Module, features: Tensor, expected: str, fits: bool) -> None:
