@@ -132,11 +132,17 @@ def check_order(cuts: Sequence[str], ran: Sequence[int], backbone: nn.Module) ->
     twice = sorted({cuts[stage] for stage in ran if ran.count(stage) > 1})
     if never:
         lists = [cut for cut in never if isinstance(backbone.get_submodule(cut), nn.ModuleList)]
-        hint = f": an nn.ModuleList is never called itself; name its last element, such as {lists[0] + '.3'!r}" if lists else ""
+        hint = (
+            f": an nn.ModuleList is never called itself; name its last element, such as {lists[0] + '.3'!r}"
+            if lists
+            else ""
+        )
         raise ValueError(f"stages end after submodules that never ran in a forward: {never}{hint}")
     if twice:
         raise ValueError(
             f"stages end after submodules that ran more than once in a forward: {twice}. End them after submodules that run once"
         )
     if list(ran) != sorted(ran):
-        raise ValueError(f"stages are listed in the order in which they run: stages={[cuts[stage] for stage in ran]}; got {list(cuts)}")
+        raise ValueError(
+            f"stages are listed in the order in which they run: stages={[cuts[stage] for stage in ran]}; got {list(cuts)}"
+        )

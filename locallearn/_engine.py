@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointError
 
 from locallearn._cuts import check_order, hooked, one_tensor
 from locallearn._gradients import Sink
@@ -52,9 +53,15 @@ class LocalPass:
 
     def run(self, batch: Tensor) -> list[Tensor]:
         """Runs the backbone on ``batch`` and returns the units' losses, detached scalars."""
-        with torch.set_grad_enabled(self._sink is not None), hooked(self._backbone, self._cuts, self._outlet):
-            self._begin(0)
-            self._backbone(batch)
+        try:
+            with torch.set_grad_enabled(self._sink is not None), hooked(self._backbone, self._cuts, self._outlet):
+                self._begin(0)
+                self._backbone(batch)
+        except CheckpointError as error:
+            raise RuntimeError(
+                "checkpointing failed, as it does where a stage ends inside of a checkpointed function. Checkpoint parts of a "
+                f"stage, so that none of the cuts lies inside of one: {list(self._cuts)}"
+            ) from error
         check_order(self._cuts, self._ran, self._backbone)
         return [self._losses[k] for k in range(len(self._plan.units))]
 
@@ -72,8 +79,10 @@ class LocalPass:
             self._segments[stage] = Segment(outlet, self._inlet)
             self._isolation.claim_stage(stage, self._segments[stage].weights)
         self._actions.popleft()
-        while self._actions and isinstance(self._actions[0], Train):
-            self._train(self._actions.popleft().unit)
+        with torch.set_grad_enabled(self._sink is not None):
+            while self._actions and isinstance(action := self._actions[0], Train):
+                self._actions.popleft()
+                self._train(action.unit)
         crossed = any(unit.crosses(stage) and self._walks_below(unit, stage + 1) for unit in self._plan.units)
         self._inlet, handed_on = cut(outlet, differentiable=crossed)
         if self._inlet is not None:
@@ -95,8 +104,7 @@ class LocalPass:
                 "the next stage begins with an in-place operation. Build it with inplace=False, or train the unit as soon "
                 "as the stage has run (schedule=sequential)"
             )
-        trained = torch.set_grad_enabled(self._sink is not None)
-        with trained, unchanged(segment.outlet, f"the decoder or the loss of unit {k}"):
+        with unchanged(segment.outlet, f"the decoder or the loss of unit {k}"):
             leaf, features = cut(segment.outlet, differentiable=self._walks_below(unit, unit.last + 1))
             loss = self._evaluate(k, features)
             del features
@@ -110,9 +118,7 @@ class LocalPass:
             return []
         weights = [weight for weight in leaves(loss) if weight is not leaf]
         self._isolation.claim_unit(weights)
-        with torch.enable_grad():
-            root = loss if self._scale is None else loss * self._scale
-        return self._sink.push(root, weights, leaf)
+        return self._sink.push(loss if self._scale is None else loss * self._scale, weights, leaf)
 
     def _walk(self, k: int, flow: list[Tensor]) -> None:
         """Takes a unit's gradient from the outlet of its last stage down to its lowest one; ``flow`` is its only holder.

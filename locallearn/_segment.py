@@ -18,7 +18,7 @@ class _Alias(torch.autograd.Function):
         return leaf.detach()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return gradient
 
 
@@ -35,7 +35,7 @@ class _Seed(torch.autograd.Function):
         return outlet.new_zeros(())
 
     @staticmethod
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
         return ctx.box.pop(), None
 
 
@@ -53,7 +53,11 @@ def cut(outlet: Tensor, *, differentiable: bool) -> tuple[Tensor | None, Tensor]
 
 
 def leaves(root: Tensor) -> list[Tensor]:
-    """The tensors with ``requires_grad`` at which the graph of ``root`` begins."""
+    """The tensors with ``requires_grad`` at which the graph of ``root`` begins.
+
+    Raises:
+        RuntimeError: if reentrant checkpointing hides a part of the graph.
+    """
     if root.grad_fn is None:
         return [root] if root.requires_grad else []
     found: list[Tensor] = []
@@ -61,8 +65,14 @@ def leaves(root: Tensor) -> list[Tensor]:
     stack = [root.grad_fn]
     while stack:
         node = stack.pop()
-        if type(node).__name__ == "AccumulateGrad":
-            found.append(node.variable)
+        kind = type(node).__name__
+        if kind == "AccumulateGrad":
+            found.append(node.variable)  # type: ignore[attr-defined]
+        elif kind == "CheckpointFunctionBackward":
+            raise RuntimeError(
+                "reentrant checkpointing hides its weights from the graph. Use torch.utils.checkpoint.checkpoint(..., "
+                "use_reentrant=False)"
+            )
         for below, _ in node.next_functions:
             if below is not None and below not in seen:
                 seen.add(below)

@@ -113,7 +113,9 @@ class ConvMLPDecoder(nn.Module):
         before = channels
         for count, width in zip(depths, wide, strict=True):
             for number in range(count):
-                layers.append(_Bottleneck(before, bottleneck or max(1, width // 4), width, stride if number == 0 else 1))
+                layers.append(
+                    _Bottleneck(before, bottleneck or max(1, width // 4), width, stride if number == 0 else 1)
+                )
                 before = width
         self.blocks = nn.Sequential(*layers)
         self.mlp = _mlp(before, hidden, out_features, depth)

@@ -37,7 +37,7 @@ def average_gradients(parameters: Iterable[Tensor]) -> None:
         flat = torch.cat([(torch.zeros_like(t) if t.grad is None else t.grad).flatten() for t in owned])
         dist.all_reduce(flat)
         flat /= world_size()
-        for t, mean in zip(owned, flat.split([t.numel() for t in owned]), strict=True):
+        for t, mean in zip(owned, torch.split(flat, [t.numel() for t in owned]), strict=True):
             if t.grad is None:
                 t.grad = mean.view_as(t).clone()
             else:

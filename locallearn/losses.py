@@ -12,7 +12,9 @@ def info_nce(z0: Tensor, z1: Tensor, *, temperature: float = 0.1) -> Tensor:
     if z0.ndim != 2 or z0.shape != z1.shape:
         raise ValueError(f"info_nce compares two views of shape (N, D); got {tuple(z0.shape)} and {tuple(z1.shape)}")
     if len(z0) < 2:
-        raise ValueError("InfoNCE needs at least two pairs, since the negatives come from the batch; got a batch of one")
+        raise ValueError(
+            "InfoNCE needs at least two pairs, since the negatives come from the batch; got a batch of one"
+        )
     with torch.autocast(z0.device.type, enabled=False):
         z = torch.cat([z0, z1])
         z = F.normalize(z if z.dtype == torch.float64 else z.float(), eps=1e-12)

@@ -75,7 +75,7 @@ class _LiveBytes(TorchDispatchMode):
         super().__init__()
         self.peak = 0
         self._now = 0
-        self._sizes = WeakIdKeyDictionary()  # storages made before the mode was entered count as 0
+        self._sizes: Any = WeakIdKeyDictionary()  # storages made before the mode was entered count as 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for tensor in tree_leaves((args, kwargs)):
@@ -105,7 +105,7 @@ class _SavedBytes:
     def __init__(self) -> None:
         self.peak = 0
         self._now = 0
-        self._holders = WeakIdKeyDictionary()  # storage -> how many saved tensors share it
+        self._holders: Any = WeakIdKeyDictionary()  # storage -> how many saved tensors share it
 
     def pack(self, tensor: Tensor, size: int) -> _Holder:
         storage = tensor.untyped_storage()

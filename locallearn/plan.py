@@ -116,7 +116,7 @@ class Plan:
         if overlap >= stages:
             raise ValueError(
                 f"overlap={overlap} needs at least {overlap + 1} stages; there {'are' if stages > 1 else 'is'} {stages}. "
-                f"Cut the backbone into more stages, or take an overlap from 0 (Greedy InfoMax) to {stages - 1} (end to end)"
+                f"Cut the backbone into more stages, or take an overlap of at most {stages - 1} (0 is Greedy InfoMax)"
             )
         tops = range(0 if lead_in else overlap, stages)
         return cls(stages, [Unit(max(0, top - overlap), top) for top in tops])
@@ -147,7 +147,9 @@ class Plan:
         label = len(f"unit {len(self.units) - 1}")
         lines = [" " * (label + 2) + "stage" + "".join(f"{s:>{2 if s == 0 else width}}" for s in range(self.stages))]
         for k, unit in enumerate(self.units):
-            marks = ["#" if s in unit.updates else "." if unit.first <= s <= unit.last else "" for s in range(self.stages)]
+            marks = [
+                "#" if s in unit.updates else "." if unit.first <= s <= unit.last else "" for s in range(self.stages)
+            ]
             row = "".join(f"{mark:>{2 if s == 0 else width}}" for s, mark in enumerate(marks))
             lines.append((f"unit {k}".ljust(label + 7) + row).rstrip())
         return "\n".join(lines)

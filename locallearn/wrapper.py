@@ -116,9 +116,7 @@ class LocalWrapper(nn.Module):
         self.losses = None
         self.penalty = None
 
-    def local_step(
-        self, *views: Tensor, targets: Any = None, grad_scale: float | Tensor | None = None
-    ) -> Tensor:
+    def local_step(self, *views: Tensor, targets: Any = None, grad_scale: float | Tensor | None = None) -> Tensor:
         """One forward, in which every unit is trained as soon as the schedule says; gradients are added to ``.grad``.
 
         Replaces ``loss = model(*views); loss.backward()``, without ever holding the whole network's graph. Under
@@ -180,8 +178,14 @@ class LocalWrapper(nn.Module):
             _warn_of_fp16(batch.device.type)
 
         def evaluate(k: int, features: Tensor) -> Tensor:
-            outputs = _split(k, self.decoders[k](features), len(views))
-            return _scalar(k, self._loss_of(k)(*outputs, *([] if targets is None else [targets])))
+            output = self.decoders[k](features)
+            arguments = [*_split(k, output, len(views)), *([] if targets is None else [targets])]
+            loss = _scalar(k, self._loss_of(k)(*arguments))
+            if isinstance(output, Tensor) and output.requires_grad and not loss.requires_grad:
+                raise ValueError(
+                    f"the loss of unit {k} has lost the graph of what it was given; does it detach, or use no_grad?"
+                )
+            return loss
 
         actions = self.schedule(self.plan)
         torch.clear_autocast_cache()  # a weight cast under no_grad before would be found there, without its graph
@@ -223,7 +227,9 @@ def _registered(loss: Loss | Sequence[Loss], units: int) -> nn.Module | Loss:
             raise ValueError(f"loss lists {len(loss)} losses for {units} units; it needs one for all, or one per unit")
         return nn.ModuleList(one if isinstance(one, nn.Module) else _Function(one) for one in loss)
     if not callable(loss):
-        raise TypeError(f"loss is a callable on the decoders' outputs, such as InfoNCE(), or a list of them; got {loss!r}")
+        raise TypeError(
+            f"loss is a callable on the decoders' outputs, such as InfoNCE(), or a list of them; got {loss!r}"
+        )
     if isinstance(loss, type):
         raise TypeError(f"loss is an object, such as {loss.__name__}(); got the class {loss.__name__} itself")
     return loss
@@ -242,7 +248,9 @@ def concatenated(views: Sequence[Tensor]) -> Tensor:
         raise TypeError(f"views are tensors, one argument per view: model.local_step(view1, view2); got {wrong}")
     if len({(view.shape, view.dtype, view.device) for view in views}) > 1:
         kinds = "; ".join(f"{tuple(view.shape)} {view.dtype} on {view.device}" for view in views)
-        raise ValueError(f"the views pass the backbone as one batch, so they need the same shape, dtype and device; got {kinds}")
+        raise ValueError(
+            f"the views pass the backbone as one batch, so they need the same shape, dtype and device; got {kinds}"
+        )
     return views[0].detach() if len(views) == 1 else torch.cat([view.detach() for view in views])
 
 
@@ -252,7 +260,9 @@ def _split(k: int, output: Any, views: int) -> Sequence[Any]:
         return [output]
     if not isinstance(output, Tensor) or output.ndim == 0 or len(output) % views:
         got = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
-        raise ValueError(f"the decoder of unit {k} returns one tensor, the {views} views along its first axis; got {got}")
+        raise ValueError(
+            f"the decoder of unit {k} returns one tensor, the {views} views along its first axis; got {got}"
+        )
     return output.chunk(views)
 
 

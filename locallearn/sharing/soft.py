@@ -33,7 +33,9 @@ class Soft(Sharing):
 
     def plan(self, stages: int, overlap: int) -> Plan:
         if overlap != 1:
-            raise ValueError(f"soft sharing ties a unit to the next stage, so it needs overlap=1; got overlap={overlap}")
+            raise ValueError(
+                f"soft sharing ties a unit to the next stage, so it needs overlap=1; got overlap={overlap}"
+            )
         if stages < 2:
             raise ValueError(f"soft sharing needs at least two stages; got {stages}")
         return Plan.windows(stages, overlap=0)

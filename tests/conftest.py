@@ -1,0 +1,20 @@
+"""Every test runs in float64, from the same seed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="the whole cross of tests/test_gradients.py, not a sample of it")
+
+
+@pytest.fixture(autouse=True)
+def float64_from_one_seed() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(torch.float32)
