@@ -66,9 +66,10 @@ def _maker(decoder: object, units: int) -> Callable[[int, int], nn.Module]:
             raise TypeError(f"decoder is a list of modules, one per unit; it holds {wrong}")
         return lambda k, width: ready[k]
     if isinstance(decoder, nn.Module) or not callable(decoder):
+        given = f"the module {type(decoder).__name__} itself" if isinstance(decoder, nn.Module) else repr(decoder)
         raise TypeError(
             "decoder is a callable that makes a module from a width, such as decoder=ConvMLPDecoder, or a list of modules, one "
-            f"per unit; got {type(decoder).__name__} {'itself' if isinstance(decoder, nn.Module) else decoder!r}"
+            f"per unit; got {given}"
         )
 
     def make(k: int, width: int) -> nn.Module:

@@ -27,8 +27,8 @@ def find(backbone: nn.Module, stages: Sequence[str | int | nn.Module]) -> tuple[
             f"stages is a list of the submodules after which a stage ends, such as stages=['layer1', 'layer2']; got {stages!r}"
         )
     modules = dict(backbone.named_modules(remove_duplicate=False))
-    children = [name for name, _ in backbone.named_children()]
     del modules[""]
+    children = [name for name in modules if "." not in name]
     found: list[str] = []
     unknown: list[object] = []
     for stage in stages:
@@ -131,12 +131,9 @@ def check_order(cuts: Sequence[str], ran: Sequence[int], backbone: nn.Module) ->
     never = [cut for stage, cut in enumerate(cuts) if stage not in ran]
     twice = sorted({cuts[stage] for stage in ran if ran.count(stage) > 1})
     if never:
-        lists = [cut for cut in never if isinstance(backbone.get_submodule(cut), nn.ModuleList)]
-        hint = (
-            f": an nn.ModuleList is never called itself; name its last element, such as {lists[0] + '.3'!r}"
-            if lists
-            else ""
-        )
+        lists = {cut: len(parts) for cut in never if isinstance(parts := backbone.get_submodule(cut), nn.ModuleList)}
+        ends = [f"{cut}.{length - 1}" for cut, length in lists.items()]
+        hint = f". An nn.ModuleList is never called itself; name its last element, such as {ends[0]!r}" if ends else ""
         raise ValueError(f"stages end after submodules that never ran in a forward: {never}{hint}")
     if twice:
         raise ValueError(

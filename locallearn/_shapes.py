@@ -36,8 +36,7 @@ def probe(backbone: nn.Module, cuts: tuple[str, ...], batch: Tensor) -> list[Out
     modules = [backbone.get_submodule(name) for name in cuts]
     isolation = Isolation(backbone, cuts)
     ran: list[int] = []
-    outputs: list[object] = []
-    segments: list[Segment] = []
+    ends: list[tuple[object, Tensor | None]] = []  # what each stage returned, and its inlet
     inlet: Tensor | None = None
     handed_on: object = batch
     alone: list[bool] = [False] * len(cuts)
@@ -48,14 +47,13 @@ def probe(backbone: nn.Module, cuts: tuple[str, ...], batch: Tensor) -> list[Out
     def on_outlet(stage: int, output: object) -> object:
         nonlocal inlet, handed_on
         ran.append(stage)
-        outputs.append(output)
-        if isinstance(output, Tensor):
-            segments.append(Segment(output, inlet))
-            inlet, handed_on = cut(output, differentiable=True)
-            if inlet is not None:
-                isolation.opens(len(ran), inlet)
-            return handed_on
-        return output
+        ends.append((output, inlet))
+        if not isinstance(output, Tensor):
+            return output
+        inlet, handed_on = cut(output, differentiable=True)
+        if inlet is not None:
+            isolation.opens(len(ran), inlet)
+        return handed_on
 
     handles = [module.register_forward_pre_hook(on_inlet, with_kwargs=True) for module in modules]
     try:
@@ -70,14 +68,12 @@ def probe(backbone: nn.Module, cuts: tuple[str, ...], batch: Tensor) -> list[Out
         for handle in handles:
             handle.remove()
     check_order(cuts, ran, backbone)
-    for stage, output in enumerate(outputs):
-        one_tensor(stage, cuts[stage], output)
-    for stage, segment in enumerate(segments):
+    outlets: list[Outlet] = []
+    for stage, (output, begin) in enumerate(ends):
+        segment = Segment(one_tensor(stage, cuts[stage], output), begin)
         isolation.claim_stage(stage, segment.weights)
-    return [
-        Outlet(segment.outlet.detach(), module if single else None)
-        for segment, module, single in zip(segments, modules, alone, strict=True)
-    ]
+        outlets.append(Outlet(segment.outlet.detach(), modules[stage] if alone[stage] else None))
+    return outlets
 
 
 def example_batch(backbone: nn.Module, example: Tensor | Sequence[Tensor] | None) -> Tensor:
