@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
 
@@ -47,12 +47,25 @@ def measure(step: Callable[[], object]) -> Cost:
         >>> measure(lambda: (images @ weight).relu().sum().backward())
         Cost(flops=200000, peak_bytes=42008, saved_bytes=2000)
     """
-    live, saved = _LiveBytes(), _SavedBytes()
-    flops = FlopCounterMode(display=False)
+    flops, live, saved = _Flops(), _LiveBytes(), _SavedBytes()
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.pack(tensor, live.size(tensor)), saved.unpack)
     with flops, live, hooks:
         step()
-    return Cost(flops.get_total_flops(), live.peak, saved.peak)
+    return Cost(flops.total, live.peak, saved.peak)
+
+
+class _Flops(TorchDispatchMode):
+    """Adds up torch's formulas. Its own FlopCounterMode hooks every module too, and so keeps alive what is recomputed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if (formula := flop_registry.get(func.overloadpacket)) is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=result)
+        return result
 
 
 class _LiveBytes(TorchDispatchMode):
