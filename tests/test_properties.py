@@ -50,7 +50,7 @@ class HalfUsed(nn.Module):
 PARTS: list[Callable[[int], nn.Module]] = [
     lambda width: nn.Conv2d(width, width, 3, padding=1, bias=False),
     lambda width: nn.Conv2d(width, width, 1, groups=width),
-    lambda width: nn.BatchNorm2d(width),
+    nn.BatchNorm2d,
     lambda width: nn.GroupNorm(1, width),
     lambda width: nn.ReLU(),
     lambda width: nn.Hardtanh(),

@@ -133,7 +133,12 @@ def test_grad_scale_scales_the_penalty_too() -> None:
 def test_soft_sharing_of_a_resnet_with_the_default_decoder() -> None:
     specimen = ZOO["resnet18"]
     model = LocalWrapper(specimen.build(), specimen.stages, sharing=Soft(), example=specimen.views(2)[0])
-    assert [d[1].channels if isinstance(d, nn.Sequential) else d.channels for d in model.decoders] == [128, 256, 512, 512]  # type: ignore[union-attr, index]
+    assert [d[1].channels if isinstance(d, nn.Sequential) else d.channels for d in model.decoders] == [
+        128,
+        256,
+        512,
+        512,
+    ]  # type: ignore[union-attr, index]
     assert all(isinstance(d[1] if isinstance(d, nn.Sequential) else d, ConvMLPDecoder) for d in model.decoders)
     model.local_step(*specimen.views())
     assert model.penalty.item() == 0  # type: ignore[union-attr]
