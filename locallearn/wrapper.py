@@ -251,7 +251,16 @@ def concatenated(views: Sequence[Tensor]) -> Tensor:
         raise ValueError(
             f"the views pass the backbone as one batch, so they need the same shape, dtype and device; got {kinds}"
         )
-    return views[0].detach() if len(views) == 1 else torch.cat([view.detach() for view in views])
+    first, storage = views[0].detach(), views[0].untyped_storage()
+    if all(
+        view.is_contiguous()
+        and view.untyped_storage() is storage
+        and view.storage_offset() == first.storage_offset() + k * first.numel()
+        for k, view in enumerate(views)
+    ):  # neighbours in memory, as from images.chunk(2), need no copy
+        flat = first.as_strided((len(views) * first.numel(),), (1,))
+        return flat.view(len(views) * len(first), *first.shape[1:])
+    return torch.cat([view.detach() for view in views])
 
 
 def _split(k: int, output: Any, views: int) -> Sequence[Any]:

@@ -9,7 +9,7 @@ import torch
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--full", action="store_true", help="the whole cross of tests/test_gradients.py, not a sample of it")
+    parser.addoption("--full", action="store_true", help="the whole cross of tests/test_engine.py, not a sample of it")
 
 
 @pytest.fixture(autouse=True)

@@ -40,7 +40,16 @@ def test_default_is_the_papers_decoder() -> None:
         (partial(MLPDecoder, depth=4), 0, None, 4),
         (partial(ConvMLPDecoder, depth=4), 1, 4, 4),
     ],
-    ids=["none", "1 block, no ds", "1 block", "2 blocks", "1 stage", "full network", "2-layer MLP", "LoCo + 2-layer MLP"],
+    ids=[
+        "none",
+        "1 block, no ds",
+        "1 block",
+        "2 blocks",
+        "1 stage",
+        "full network",
+        "2-layer MLP",
+        "LoCo + 2-layer MLP",
+    ],
 )
 def test_rows_of_table_4(decoder, blocks: int, size: int | None, layers: int) -> None:  # type: ignore[no-untyped-def]
     built = decoder(64)

@@ -52,7 +52,9 @@ def test_probing_leaves_buffers_random_state_modes_and_hooks() -> None:
     decoder[0].eval()
     modules = [*backbone.modules(), *decoder.modules()]
     modes = [module.training for module in modules]
-    before = {name: value.clone() for m in (backbone, decoder) for name, value in m.state_dict(prefix=str(id(m))).items()}
+    before = {
+        name: value.clone() for m in (backbone, decoder) for name, value in m.state_dict(prefix=str(id(m))).items()
+    }
     state = torch.get_rng_state()
     LocalWrapper(backbone, [1, 3], 1, [decoder], example=torch.rand(2, 3, 8, 8, generator=torch.Generator()))
     assert torch.equal(torch.get_rng_state(), state)

@@ -113,7 +113,11 @@ def test_each_stage_runs_once_and_statistics_are_those_of_one_plain_forward(name
     specimen = ZOO[name]
     backbone = specimen.build()
     model = LocalWrapper(
-        backbone, specimen.stages, decoder=specimen.decoder, schedule=schedule, example=specimen.views(2)[0]  # type: ignore[arg-type]
+        backbone,
+        specimen.stages,
+        decoder=specimen.decoder,
+        schedule=schedule,
+        example=specimen.views(2)[0],  # type: ignore[arg-type]
     )
     twin = copy.deepcopy(backbone)
     calls: dict[str, int] = {}
@@ -202,7 +206,9 @@ def trained() -> LocalWrapper:
     return model
 
 
-@pytest.mark.parametrize("options", [{}, {"sharing": Soft()}, {"sharing": UpperOnly()}, {"loss": [InfoNCE(), InfoNCE()]}])
+@pytest.mark.parametrize(
+    "options", [{}, {"sharing": Soft()}, {"sharing": UpperOnly()}, {"loss": [InfoNCE(), InfoNCE()]}]
+)
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_copy_of_the_wrapper_trains_by_itself(copied, options: dict[str, object]) -> None:  # type: ignore[no-untyped-def]
     model = wrap(**options)

@@ -13,11 +13,11 @@ from locallearn.sharing.base import Sharing
 
 
 class Soft(Sharing):
-    """Each unit trains one stage and a private copy of the next one, which is equal at the start (Table 5, L2 penalty).
+    r"""Each unit trains one stage and a private copy of the next one, which is equal at the start (Table 5, L2 penalty).
 
     The copies are tied to the stages by
 
-    .. math:: \\text{coefficient} \\cdot \\sum_{w} \\lVert w_{\\text{copy}} - w_{\\text{stage}} \\rVert^2
+    .. math:: \text{coefficient} \cdot \sum_{w} \lVert w_{\text{copy}} - w_{\text{stage}} \rVert^2
 
     whose gradient goes to both sides. ``model.penalty`` reports it, apart from the losses. A copy runs a forward of its
     own, so this costs more than hard sharing and shares less: it is here for the comparison.
@@ -54,9 +54,9 @@ class Soft(Sharing):
     def penalty(self, decoders: nn.ModuleList, stages: Sequence[nn.Module | None]) -> Tensor | None:
         distances: list[Tensor] = []
         for decoder, stage in zip(decoders, stages[1:], strict=False):
-            copies = [part for part in decoder.modules() if isinstance(part, PrivateStage)]
-            assert stage is not None and len(copies) == 1
-            for ours, theirs in zip(copies[0].parameters(), stage.parameters(), strict=True):
+            assert stage is not None
+            (copied,) = (part for part in decoder.modules() if isinstance(part, PrivateStage))
+            for ours, theirs in zip(copied.parameters(), stage.parameters(), strict=True):
                 distances.append((ours - theirs).square().sum())
         return self.coefficient * torch.stack(distances).sum() if distances else None
 

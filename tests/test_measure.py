@@ -1,0 +1,106 @@
+"""Counts are exact: compared with figures worked out by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models import resnet18
+
+from locallearn.measure import Cost, measure
+
+KB = 1024
+
+
+def square(side: int) -> Tensor:
+    return torch.zeros(side, side, dtype=torch.float32)
+
+
+def test_flops_of_a_product_and_its_backward() -> None:
+    a, b = (square(32).requires_grad_() for _ in range(2))
+    assert measure(lambda: a @ b).flops == 2 * 32**3
+    assert measure(lambda: (a @ b).sum().backward()).flops == 3 * 2 * 32**3
+
+
+def test_flops_agree_with_torchs_counter() -> None:
+    model, images = resnet18(), torch.rand(1, 3, 64, 64)
+    with FlopCounterMode(display=False) as counter:
+        model(images).sum().backward()
+    assert measure(lambda: model(images).sum().backward()).flops == counter.get_total_flops()
+
+
+def test_peak_counts_what_is_alive_at_once() -> None:
+    side = 16  # a matrix of it is 1 KiB
+
+    def step() -> None:
+        first = square(side) + 1  # zeros and the sum: 2 KiB
+        del first
+        second = [square(side) for _ in range(3)]  # 3 KiB
+        del second
+
+    assert measure(step).peak_bytes == 3 * KB
+
+
+def test_tensors_from_before_do_not_count() -> None:
+    known = square(16)
+    assert measure(lambda: known.add_(1).view(-1)) == Cost(0, 0, 0)
+
+
+def test_views_and_shared_storage_count_once() -> None:
+    assert measure(lambda: square(16).view(-1)[::2].clone().expand(4, 128)).peak_bytes == int(1.5 * KB)
+
+
+def test_saved_bytes_count_each_tensor_once_and_until_it_is_freed() -> None:
+    weight = square(16).requires_grad_()
+
+    def once() -> Tensor:
+        x = square(16) * 2  # not saved: nothing here needs a gradient
+        y = (x * weight).sigmoid()  # saves x, and y as the result
+        return (y * y).sum()  # saves y, twice
+
+    assert measure(lambda: once().backward()).saved_bytes == 2 * KB
+
+    def twice() -> None:
+        once().backward()
+        once().backward()
+
+    assert measure(twice).saved_bytes == 2 * KB
+
+    def together() -> None:
+        loss = once() + once()
+        loss.backward()
+
+    assert measure(together).saved_bytes == 4 * KB
+
+
+def test_checkpointing_is_seen() -> None:
+    weight = square(16).requires_grad_()
+
+    def chain(x: Tensor) -> Tensor:
+        for _ in range(8):
+            x = (x * weight).sigmoid()
+        return x
+
+    def twice(x: Tensor, *, recompute: bool) -> Tensor:
+        for _ in range(2):
+            x = checkpoint(chain, x, use_reentrant=False) if recompute else chain(x)
+        return x.sum()
+
+    assert measure(lambda: twice(square(16), recompute=False).backward()).saved_bytes == 17 * KB
+    assert measure(lambda: twice(square(16), recompute=True).backward()).saved_bytes < 12 * KB
+
+
+@pytest.mark.parametrize("batch", [2, 8])
+def test_fake_tensors_give_the_same_counts_as_real_ones(batch: int) -> None:
+    def count() -> Cost:
+        torch.set_default_dtype(torch.float32)
+        model, images = resnet18(), torch.zeros(batch, 3, 32, 32)
+        model(images).sum().backward()
+        return measure(lambda: model(images).sum().backward())
+
+    real = count()
+    with FakeTensorMode():
+        assert count() == real
