@@ -44,7 +44,7 @@ def check_views(views: Sequence[Tensor]) -> None:
     shapes = [tuple(view.shape) for view in views]
     if any(len(shape) != 2 or shape != shapes[0] for shape in shapes):
         raise ValueError(
-            f"views must all have one shape (N, D); got {_listed(shapes)} (negatives of your own go by name: negatives=)"
+            f"views must all have one shape (N, D); got {_listed(shapes)} (a queue goes by name: negatives=)"
         )
     devices = [view.device for view in views]
     if any(device != devices[0] for device in devices):

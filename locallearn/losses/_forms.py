@@ -96,7 +96,7 @@ def _met(form: str, views: int) -> list[tuple[int, int]]:
 
 
 def _twins(rows: Sequence[Tensor], anchors: int) -> tuple[Tensor, Tensor | float, Tensor]:
-    """Return the log-sum-exp of each anchor's logits with the other views of its image, that minus the mean, the largest."""
+    """Return each anchor's log-sum-exp over its image's other views, that minus the mean, and the largest logit."""
     every = range(len(rows))
     pairs = {(u, v): (rows[u] * rows[v]).sum(1) for u in every for v in every if u < v}
     logits = torch.stack([torch.stack([pairs[min(u, v), max(u, v)] for v in every if v != u]) for u in range(anchors)])

@@ -14,8 +14,8 @@ def matrix_losses(
 ) -> tuple[Tensor, Tensor]:
     """Each anchor's loss, and whether its nearest neighbour is a positive: (A, N) and (A, N).
 
-    The first `twins` blocks are views of the same images. Rows of one label, where there are labels, are positives if they
-    `attract`, and else neither positives nor negatives.
+    The first `twins` blocks are views of the same images. Rows of one label, where there are labels, are positives if
+    they `attract`, and else neither positives nor negatives.
     """
     losses, right = [], []
     for u in sorted({u for u, _ in looks}):

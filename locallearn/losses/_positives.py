@@ -1,8 +1,8 @@
 """Log-sum-exps over the rows of one's own label, in tiles, and how far they lie above the mean.
 
-SupCon's loss of a row, log Σ_all exp(s) - mean_positives(s), is softplus(negatives - positives) + spread, where `positives`
-is the log-sum-exp over the positives and spread = positives - mean. For a single positive the spread is exactly zero: as
-for a pair without labels, no near-equal numbers are subtracted.
+SupCon's loss of a row, log Σ_all exp(s) - mean_positives(s), is softplus(negatives - positives) + spread, where
+`positives` is the log-sum-exp over the positives and spread = positives - mean. For a single positive the spread is
+exactly zero: as for a pair without labels, no near-equal numbers are subtracted.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from ._tiles import Tile, log2sumexp2, move, refuse, same_label, save_nothing, t
 def positives(
     blocks: Sequence[Tensor], labels: Sequence[Tensor], looks: Sequence[tuple[int, int]], tile: int
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Return log2 of the sum of 2^logit over each row's positives, that minus their mean, and the largest: (R,) per block.
+    """Return log2 of the sum of 2^logit over a row's positives, that minus their mean, and the largest: (R,) per block.
 
     A row without positives gets -inf, zero and -inf. The largest logits carry no gradient.
     """

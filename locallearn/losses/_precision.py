@@ -7,7 +7,7 @@ from torch import Tensor
 
 LN2 = 0.6931471805599453  # nats per bit
 
-_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")  # type: ignore[no-untyped-call]
+_onednn_linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
@@ -23,6 +23,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     Single precision on a CPU goes to oneDNN: MKL, torch's default, takes a slow path on AMD processors (100 against
     220 GFLOP/s on one core of an EPYC with AVX-512).
     """
-    if _ONEDNN and a.device.type == "cpu" and a.dtype == torch.float32:
-        return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")  # type: ignore[no-any-return]
+    if _onednn_linear is not None and a.device.type == "cpu" and a.dtype == torch.float32:
+        product: Tensor = _onednn_linear(a, b, None, "none", [], "")
+        return product
     return a @ b.t()

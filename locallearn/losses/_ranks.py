@@ -1,8 +1,9 @@
 """The loss over every rank's embeddings, with the exact gradient and no collective in backward.
 
-A row's gradient needs, of every other row, its embedding and the sum it divides by: d/dz_i = Σ_j (p_ij + p_ji) z_j, where
-p_ji = exp(s_ji) / total_j and s_ji = s_ij. Gathering both in forward (D + 1 numbers per row) lets each rank compute the
-gradient of its own rows alone. This takes for granted that all ranks weigh all rows alike, as a mean or a sum does.
+A row's gradient needs, of every other row, its embedding and the sum it divides by: d/dz_i = Σ_j (p_ij + p_ji) z_j,
+where p_ji = exp(s_ji) / total_j and s_ji = s_ij. Gathering both in forward (D + 1 numbers per row) lets each rank
+compute the gradient of its own rows alone. This takes for granted that all ranks weigh all rows alike, as a mean or a
+sum does.
 """
 
 from collections.abc import Callable, Sequence
@@ -54,7 +55,7 @@ class AcrossRanks(torch.autograd.Function):
         return -F.logsigmoid((positive - repelling) * LN2), largest
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         positive, repelling, totals, *blocks = ctx.saved_tensors
         grad = grad * LN2  # (A, N), all equal, here and on every other rank

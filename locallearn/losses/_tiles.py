@@ -1,13 +1,13 @@
-"""Log-sum-exps over negatives, one tile of the similarity matrix at a time: it is never whole; backward computes it again.
+"""Log-sum-exps over negatives, one tile of the similarity matrix at a time: it is never whole.
 
-The rows come in blocks (one per view, or a queue), scaled so that their dot products are logits in bits. `looks` lists the
-pairs of blocks (u, v) in which the rows of u have those of v as negatives. Similarity is symmetric: one tile serves (u, v)
-and (v, u), and of a block with itself only the upper triangle is visited.
+The rows come in blocks (one per view, or a queue), scaled so that their dot products are logits in bits. `looks` lists
+the pairs of blocks (u, v) in which the rows of u have those of v as negatives. Similarity is symmetric: one tile serves
+(u, v) and (v, u), and of a block with itself only the upper triangle is visited.
 
                 block 0   block 1
     block 0     o # # #   o # # #       #  computed once, summed along its rows and along its columns
-                  o # #   # o # #       o  its diagonal is left out in the first `twins` blocks, views of the same images:
-                    o #   # # o #          there a row meets itself, or its positive
+                  o # #   # o # #       o  without its diagonal in the first `twins` blocks, the views of the same
+                    o #   # # o #          images: there a row meets itself, or its positive
                       o   # # # o
     block 1               o # # #
                             o # #
@@ -86,7 +86,7 @@ def negatives(
     bounded: bool,
     tile: int,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Return log2 of the sum of 2^logit over each row's negatives, and the largest of these logits: (R,) and (R,) per block.
+    """Return log2 of the sum of 2^logit over each row's negatives, and the largest logit: (R,) and (R,) per block.
 
     Where there are labels, one per row of every block, rows of one label are no negatives of each other. A row without
     negatives gets -inf. `bounded` promises that no logit exceeds 60 bits either way, so that 2^logit fits into single
@@ -129,8 +129,8 @@ def negatives_backward(
 ) -> list[Tensor]:
     """Return the gradient of `grad · sums` with respect to the first `wanted` blocks.
 
-    Logits being symmetric, a pair's weight is grad_i 2^(s_ij - sums_i) + grad_j 2^(s_ij - sums_j), and a tile of weights
-    moves its rows towards its columns and, transposed, its columns towards its rows.
+    Logits being symmetric, a pair's weight is grad_i 2^(s_ij - sums_i) + grad_j 2^(s_ij - sums_j), and a tile of
+    weights moves its rows towards its columns and, transposed, its columns towards its rows.
     """
     sizes = [block.shape[0] for block in blocks]
     sums = sums.masked_fill(sums == -torch.inf, torch.inf)  # where there are no negatives, 2^(s - sums) is to be 0
