@@ -1,12 +1,13 @@
 """Time, memory and accuracy of InfoNCE against other libraries' losses.
 
-    python benchmarks/infonce.py                            # the whole table; installs the others into a throw-away environment
+    python benchmarks/infonce.py                            # everything, the others in a throw-away environment
     python benchmarks/infonce.py --sizes 512 2048 --threads 1 --repeats 3
     python benchmarks/infonce.py --write docs/benchmarks/infonce.md
 
-Times are of forward and backward together, the best of interleaved repetitions; memory is the peak of live bytes beyond the
-inputs, counted at the allocator, and what is kept between forward and backward. A loss whose memory, extrapolated from the
-smaller sizes, would not fit is not run, and its row says so. On a CUDA device, eager and compiled, N goes up to 65536.
+Times are of forward and backward together, the best of interleaved repetitions; memory is the peak of live bytes beyond
+the inputs, counted at the allocator, and what is kept between forward and backward. A loss whose memory, extrapolated
+from the smaller sizes, would not fit is not run, and its row says so. On a CUDA device, eager and compiled, N goes up to
+65536.
 """
 
 import argparse
@@ -197,7 +198,7 @@ def live_bytes(recorded: profile, live: int) -> tuple[int, int]:
     return peak, live
 
 
-class quiet:  # noqa: N801
+class quiet:
     """Silence the profiler's own messages, which go to the process's stderr."""
 
     def __enter__(self) -> None:

@@ -83,17 +83,36 @@ def test_only_the_key_may_need_a_gradient() -> None:
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
-def test_reductions_are_those_of_the_rows(reduction: str) -> None:
+@pytest.mark.parametrize(
+    ("options", "shape"),
+    [
+        ({}, (2, 7)),
+        ({"form": "two-way"}, (2, 7)),
+        ({"form": "one-way"}, (7,)),
+        ({"negatives": torch.randn(3, 4)}, (7,)),
+        ({"labels": LABELS}, (2, 7)),
+    ],
+)
+def test_reductions_are_those_of_the_rows(options: dict, shape: tuple[int, ...], reduction: str) -> None:
     views = views_of(2)
-    rows = info_nce(*views, reduction="none")
-    assert rows.shape == (2, 7)
-    torch.testing.assert_close(info_nce(*views, reduction=reduction), getattr(rows, reduction)())
+    rows, right = info_nce(*views, **options, reduction="none", return_top1=True)
+    assert rows.shape == right.shape == shape
+    loss, top1 = info_nce(*views, **options, reduction=reduction, return_top1=True)
+    torch.testing.assert_close(loss, getattr(rows, reduction)())
+    torch.testing.assert_close(top1, right.float().mean())
+    torch.testing.assert_close(
+        torch.autograd.grad(3 * loss, views), torch.autograd.grad(3 * getattr(rows, reduction)(), views)
+    )
 
 
-def test_one_way_and_queue_rows_are_one_per_query() -> None:
-    views = views_of(2)
-    assert info_nce(*views, form="one-way", reduction="none").shape == (7,)
-    assert info_nce(*views, negatives=torch.randn(3, 4), reduction="none").shape == (7,)
+@pytest.mark.parametrize("n", [2, 63, 64, 65, 200])
+def test_one_way_in_one_pass_equals_its_tiles(n: int) -> None:
+    views = views_of(2, n)
+    whole, tiled = (info_nce(*views, form="one-way", tile=tile, return_top1=True) for tile in (None, 50))
+    torch.testing.assert_close(whole, tiled)
+    torch.testing.assert_close(torch.autograd.grad(whole[0], views), torch.autograd.grad(tiled[0], views))
+    with torch.no_grad():
+        assert torch.equal(info_nce(*views, form="one-way"), whole[0])
 
 
 @pytest.mark.parametrize(("form", "candidates"), [("nt-xent", 2 * 7 - 1), ("two-way", 7), ("one-way", 7)])

@@ -15,6 +15,7 @@ from torch._subclasses import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
 from locallearn import InfoNCE, info_nce
+from locallearn.losses._one_way import _one_way
 from locallearn.losses._positives import _positives
 from locallearn.losses._tiles import _negatives
 
@@ -60,17 +61,22 @@ def test_opcheck_of_negatives(bounded: bool, labels: list[Tensor]) -> None:
 
 
 @opchecked
+def test_opcheck_of_one_way() -> None:
+    torch.library.opcheck(_one_way, (*pairs(6, 4), True))
+
+
+@opchecked
 def test_opcheck_of_positives() -> None:
     torch.library.opcheck(_positives, (pairs(6, 4), [LABELS, LABELS], [0, 0, 0, 1, 1, 0, 1, 1], 4))
 
 
-@pytest.mark.parametrize("labels", [None, LABELS], ids=["", "labels"])
-def test_second_derivative_is_refused_in_tiles_and_right_in_the_matrix(labels: Tensor | None) -> None:
+@pytest.mark.parametrize("options", [*({"form": form} for form in FORMS), {"labels": LABELS}], ids=str)
+def test_second_derivative_is_refused_in_tiles_and_right_in_the_matrix(options: dict) -> None:
     views = pairs(6, 4)
-    first = torch.autograd.grad(info_nce(*views, labels=labels), views, create_graph=True)
+    first = torch.autograd.grad(info_nce(*views, **options), views, create_graph=True)
     with pytest.raises(NotImplementedError, match="tile=0"):
         first[0].square().sum().backward()
-    assert torch.autograd.gradgradcheck(lambda z0, z1: info_nce(z0, z1, labels=labels, tile=0, temperature=0.5), views)
+    assert torch.autograd.gradgradcheck(lambda z0, z1: info_nce(z0, z1, **options, tile=0, temperature=0.5), views)
 
 
 @pytest.mark.parametrize("options", [*({"form": form} for form in FORMS), {"labels": LABELS}], ids=str)

@@ -15,15 +15,15 @@ from ._ranks import AcrossRanks, of_other_ranks
 from ._tiles import negatives
 
 
-def length(x: Tensor, temperature: float | Tensor) -> Tensor:
-    """Return what to divide rows by for their dot products to be cosine / temperature in bits: (..., D) -> (..., 1).
+def scale(x: Tensor, temperature: float | Tensor) -> Tensor:
+    """Return what makes the dot products of rows cosine / temperature in bits: (..., D) -> (..., 1).
 
-    It is infinite for a row of zeros, which leaves that row and its gradient zero.
+    It is zero for a row of zeros, and so is that row's gradient.
     """
     if isinstance(temperature, Tensor):
         temperature = temperature.reshape(()).to(x.dtype)
     norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return (norm * (temperature * LN2) ** 0.5).masked_fill(norm == 0, math.inf)
+    return (norm * (temperature * LN2) ** 0.5).masked_fill(norm == 0, math.inf).reciprocal()
 
 
 def in_batch(
@@ -76,15 +76,13 @@ def against_given(
     """Compare queries and keys, twice (N, D), with negatives (M, D) or (N, M, D) -> losses (N,), and top-1 (N,)."""
     query, key = rows
     positive = (query * key).sum(1)
-    scale = length(others, temperature)
+    scales = scale(others, temperature)
     tile = _default_tile(query) if tile is None else tile
     if others.dim() == 2 and tile:
-        (repelling, _), (largest, _) = negatives([query, others / scale], [], [(0, 1)], 0, bounded, tile)
+        (repelling, _), (largest, _) = negatives([query, others * scales], [], [(0, 1)], 0, bounded, tile)
     else:
-        logits = (
-            query @ (others / scale).t() if others.dim() == 2 else ((others @ query[:, :, None]) / scale).squeeze(2)
-        )
-        repelling, largest = (logits * LN2).logsumexp(1) / LN2, logits.detach().amax(1)
+        dots = query @ (others * scales).t() if others.dim() == 2 else (others @ query[:, :, None] * scales)[:, :, 0]
+        repelling, largest = (dots * LN2).logsumexp(1) / LN2, dots.detach().amax(1)
     return -F.logsigmoid((positive - repelling) * LN2), positive.detach() > largest
 
 

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..distributed import gather
@@ -55,7 +54,6 @@ class AcrossRanks(torch.autograd.Function):
         return -F.logsigmoid((positive - repelling) * LN2), largest
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         positive, repelling, totals, *blocks = ctx.saved_tensors
         grad = grad * LN2  # (A, N), all equal, here and on every other rank

@@ -206,11 +206,11 @@ def up_to_last(needed: Sequence[bool]) -> int:
     return max((number for number, needs in enumerate(needed, start=1) if needs), default=0)
 
 
-def save_nothing(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+def save_nothing(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
     """Prepare for `refuse`."""
 
 
-def refuse(ctx: Any, grads: list[Tensor]) -> tuple[object, ...]:
+def refuse(ctx: Any, *grads: object) -> tuple[object, ...]:
     """Refuse to differentiate a backward."""
     raise NotImplementedError(
         "InfoNCE computed in tiles has no second derivative; info_nce(..., tile=0) builds the whole matrix and has one"

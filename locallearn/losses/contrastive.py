@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from ..distributed import row_counts
 from . import _checks
-from ._forms import against_given, in_batch, length
+from ._forms import against_given, in_batch, scale
+from ._one_way import one_way
 from ._precision import LN2, full_precision
 
 Form = Literal["nt-xent", "two-way", "one-way"]
@@ -88,8 +89,8 @@ def info_nce(
 
     The similarities are computed in tiles, in forward and again in backward, and never held together: memory is of
     order N D, kept between the two are the normalised rows. All arithmetic is at least single precision, also under
-    autocast (``torch.set_float32_matmul_precision`` does apply). What training leaves of a probability, one minus the softmax, is
-    never computed by subtraction. A row of zeros gets a zero gradient; NaN in gives NaN out, as does a
+    autocast (``torch.set_float32_matmul_precision`` does apply). What training leaves of a probability, one minus the
+    softmax, is never computed by subtraction. A row of zeros gets a zero gradient; NaN in gives NaN out, as does a
     learnable temperature below zero: no check reads values. Second derivatives need ``tile=0``.
 
     Under ``torch.distributed`` every rank's rows are negatives. What the ranks return averages to the loss of the whole
@@ -142,21 +143,26 @@ def info_nce(
 
     with full_precision(views[0].device):
         *rows, others = _promoted([*views, views[0] if negatives is None else negatives])
-        rows = [row / length(row, temperature) for row in rows]  # (N, D), whose dot products are logits in bits
+        rows = [row * scale(row, temperature) for row in rows]  # (N, D), whose dot products are logits in bits
         counts = row_counts(rows[0]) if everywhere else [rows[0].shape[0]]
-        # logits within 60 bits, rounding included
-        bounded = not isinstance(temperature, Tensor) and temperature * LN2 * 59 >= 1
+        bounded = not isinstance(temperature, Tensor) and temperature * LN2 * 59 >= 1  # within 60 bits when rounded
         if negatives is not None:
             losses, right = against_given(rows, others, temperature, bounded, tile)
+        elif form == "one-way" and labels is None and tile is None and reduction != "none" and not everywhere:
+            losses, right = one_way(*rows)
         else:
             alike = reduction != "none"
             losses, right = in_batch(rows, form, counts, labels, same_label == "attract", alike, bounded, tile)
             if form == "one-way":
                 losses, right = losses[0], right[0]
-        loss = _reduced(losses, reduction, counts)
+        # what each rank returns averages to the loss of them all; so does DistributedDataParallel
+        if reduction == "sum":
+            losses = losses.sum() * len(counts)
+        elif reduction == "mean":
+            losses = losses.sum() / (right.numel() * sum(counts) / (len(counts) * rows[0].shape[0]))
     if not return_top1:
-        return loss
-    return loss, right if reduction == "none" else right.float().mean()
+        return losses
+    return losses, right if reduction == "none" else right.float().mean()
 
 
 def _promoted(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -164,15 +170,6 @@ def _promoted(tensors: Sequence[Tensor]) -> list[Tensor]:
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)
     return [tensor.to(dtype) for tensor in tensors]
-
-
-def _reduced(losses: Tensor, reduction: Reduction, counts: Sequence[int]) -> Tensor:
-    """Of one rank's losses, what averages over the ranks to the loss of them all; so does DistributedDataParallel."""
-    if reduction == "sum":
-        return losses.sum() * len(counts)
-    if reduction == "mean":
-        return losses.mean() * (len(counts) * losses.shape[-1] / sum(counts))
-    return losses
 
 
 class InfoNCE(nn.Module):
