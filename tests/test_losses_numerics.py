@@ -20,7 +20,7 @@ def gradients(views: list[Tensor], **options: object) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("noise", [1.0, 0.1, 0.03], ids=["random", "aligned", "very aligned"])
+@pytest.mark.parametrize("noise", [100.0, 1.0, 0.1, 0.03], ids=["random", "related", "aligned", "very aligned"])
 @pytest.mark.parametrize(("temperature", "bound"), [(0.1, 3e-6), (0.02, 3e-5)])
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bf16 autocast"])
 def test_single_precision_gradient_is_that_of_double(
