@@ -11,7 +11,7 @@ from locallearn.losses._forms import against_given, in_batch, scale
 from locallearn.losses._one_way import one_way
 from locallearn.losses._precision import LN2, full_precision
 
-from . import _checks
+from locallearn.losses import _checks
 
 Form = Literal["nt-xent", "two-way", "one-way"]
 SameLabel = Literal["attract", "ignore"]
