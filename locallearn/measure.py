@@ -58,7 +58,7 @@ class _Flops(TorchDispatchMode):
     """Adds up torch's formulas. Its own FlopCounterMode hooks every module too, and so keeps alive what is recomputed."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.total = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -72,7 +72,7 @@ class _LiveBytes(TorchDispatchMode):
     """Follows every storage that an operator makes until it is freed."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.peak = 0
         self._now = 0
         self._sizes: Any = WeakIdKeyDictionary()  # storages made before the mode was entered count as 0

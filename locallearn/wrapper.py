@@ -13,6 +13,7 @@ from locallearn._attach import attach
 from locallearn._cuts import find, refuse_compiled
 from locallearn._engine import LocalPass
 from locallearn._gradients import Accumulate, Collect, Sink
+from locallearn._objective import Loss, concatenated, registered, unit_loss, warn_of_fp16
 from locallearn._segment import leaves
 from locallearn._shapes import example_batch, probe
 from locallearn.decoders import ConvMLPDecoder
@@ -24,7 +25,8 @@ from locallearn.schedules.actions import check
 from locallearn.sharing import Hard, Sharing
 
 Decoder: TypeAlias = Callable[[int], nn.Module] | Sequence[nn.Module]
-Loss: TypeAlias = Callable[..., Tensor]
+
+_SUCH_AS = {"sharing": "UpperOnly()", "plan": "Plan.windows(4, overlap=1)"}
 
 
 class LocalWrapper(nn.Module):
@@ -55,6 +57,7 @@ class LocalWrapper(nn.Module):
 
     Attributes:
         backbone: ``model`` itself.
+        stages: the names of the submodules after which the stages end.
         decoders: one per unit, in the units' order.
         plan: what each unit reaches and updates; ``print(model.plan)`` draws it.
         losses: the units' losses in the last pass, shape ``(units,)``, detached; ``None`` before the first.
@@ -93,25 +96,28 @@ class LocalWrapper(nn.Module):
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"LocalWrapper wraps an nn.Module; got {model!r}")
+        for name, given, kind in (("sharing", sharing, Sharing), ("plan", plan, Plan)):
+            if given is not None and not isinstance(given, kind):
+                raise TypeError(f"{name} is an object of {kind.__name__}, such as {_SUCH_AS[name]}; got {given!r}")
         if plan is not None and sharing is not None:
             raise ValueError("plan= replaces overlap and sharing; give a plan or a sharing")
         if channel_axis not in (None, 1, -1):
             raise ValueError(f"channel_axis is 1, -1 or None; got {channel_axis}")
         refuse_compiled(model)
-        self._cuts = find(model, stages)
+        self.stages = find(model, stages)
         self.sharing = Hard() if sharing is None else sharing
-        self.plan = self.sharing.plan(len(self._cuts), overlap) if plan is None else plan
-        if self.plan.stages != len(self._cuts):
-            raise ValueError(f"the plan is for {self.plan.stages} stages, but stages= names {len(self._cuts)}")
+        self.plan = self.sharing.plan(len(self.stages), overlap) if plan is None else plan
+        if self.plan.stages != len(self.stages):
+            raise ValueError(f"the plan is for {self.plan.stages} stages, but stages= names {len(self.stages)}")
         self.schedule = schedule
         check(self.plan, schedule(self.plan))
         self.backbone = model
         batch = example_batch(model, example)
-        refuse_compiled(model, self._cuts)
-        outlets = probe(model, self._cuts, batch)
+        refuse_compiled(model, self.stages)
+        outlets = probe(model, self.stages, batch)
         dtype = next((t.dtype for t in model.parameters() if t.is_floating_point()), torch.get_default_dtype())
         self.decoders = attach(decoder, self.plan, self.sharing, outlets, channel_axis, dtype)
-        self.loss = _registered(InfoNCE() if loss is None else loss, len(self.plan.units))
+        self.loss = registered(InfoNCE() if loss is None else loss, len(self.plan.units))
         self._whole = [outlet.module is not None for outlet in outlets]
         self.losses = None
         self.penalty = None
@@ -173,123 +179,27 @@ class LocalWrapper(nn.Module):
         self, views: tuple[Tensor, ...], targets: Any, sink: Sink | None, grad_scale: float | Tensor | None
     ) -> Tensor:
         batch = concatenated(views)
-        refuse_compiled(self.backbone, self._cuts)
+        refuse_compiled(self.backbone, self.stages)
         if sink is not None and grad_scale is None:
-            _warn_of_fp16(batch.device.type)
+            warn_of_fp16(batch.device.type)
 
         def evaluate(k: int, features: Tensor) -> Tensor:
-            output = self.decoders[k](features)
-            arguments = [*_split(k, output, len(views)), *([] if targets is None else [targets])]
-            loss = _scalar(k, self._loss_of(k)(*arguments))
-            if isinstance(output, Tensor) and output.requires_grad and not loss.requires_grad:
-                raise ValueError(
-                    f"the loss of unit {k} has lost the graph of what it was given; does it detach, or use no_grad?"
-                )
-            return loss
+            loss = self.loss[k] if isinstance(self.loss, nn.ModuleList) else self.loss
+            return unit_loss(k, self.decoders[k], loss, len(views), targets, features)
 
-        actions = self.schedule(self.plan)
+        actions = check(self.plan, self.schedule(self.plan))
         torch.clear_autocast_cache()  # a weight cast under no_grad before would be found there, without its graph
-        local = LocalPass(self.backbone, self._cuts, self.plan, actions, evaluate, sink, grad_scale)
+        local = LocalPass(self.backbone, self.stages, self.plan, actions, evaluate, sink, grad_scale)
         losses = torch.stack(local.run(batch))
         self.losses = losses
         self._train_penalty(sink, grad_scale)
         return losses
 
-    def _loss_of(self, k: int) -> Loss:
-        loss: Loss = self.loss[k] if isinstance(self.loss, nn.ModuleList) else self.loss
-        return loss
-
     def _train_penalty(self, sink: Sink | None, grad_scale: float | Tensor | None) -> None:
-        modules = [self.backbone.get_submodule(cut) for cut in self._cuts]
+        modules = [self.backbone.get_submodule(name) for name in self.stages]
         stages = [module if whole else None for module, whole in zip(modules, self._whole, strict=True)]
         with torch.set_grad_enabled(sink is not None):
             penalty = self.sharing.penalty(self.decoders, stages)
             self.penalty = None if penalty is None else penalty.detach()
             if sink is not None and penalty is not None and penalty.requires_grad:
                 sink.push(penalty if grad_scale is None else penalty * grad_scale, leaves(penalty), None)
-
-
-class _Function(nn.Module):
-    """A plain function in a list of losses."""
-
-    def __init__(self, function: Loss) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, *outputs: Any) -> Tensor:
-        return self.function(*outputs)
-
-
-def _registered(loss: Loss | Sequence[Loss], units: int) -> nn.Module | Loss:
-    """One loss for all units as it is, or a list of one per unit as a module list."""
-    if isinstance(loss, nn.ModuleList | list | tuple):
-        if len(loss) != units:
-            raise ValueError(f"loss lists {len(loss)} losses for {units} units; it needs one for all, or one per unit")
-        return nn.ModuleList(one if isinstance(one, nn.Module) else _Function(one) for one in loss)
-    if not callable(loss):
-        raise TypeError(
-            f"loss is a callable on the decoders' outputs, such as InfoNCE(), or a list of them; got {loss!r}"
-        )
-    if isinstance(loss, type):
-        raise TypeError(f"loss is an object, such as {loss.__name__}(); got the class {loss.__name__} itself")
-    return loss
-
-
-def concatenated(views: Sequence[Tensor]) -> Tensor:
-    """The views as one batch, without a graph, so that BatchNorm sees all of them.
-
-    Raises:
-        TypeError: if one is not a tensor.
-        ValueError: if there are none, or if their shapes differ.
-    """
-    if not views:
-        raise ValueError("a local pass needs at least one view; got none")
-    if wrong := [type(view).__name__ for view in views if not isinstance(view, Tensor)]:
-        raise TypeError(f"views are tensors, one argument per view: model.local_step(view1, view2); got {wrong}")
-    if len({(view.shape, view.dtype, view.device) for view in views}) > 1:
-        kinds = "; ".join(f"{tuple(view.shape)} {view.dtype} on {view.device}" for view in views)
-        raise ValueError(
-            f"the views pass the backbone as one batch, so they need the same shape, dtype and device; got {kinds}"
-        )
-    first, storage = views[0].detach(), views[0].untyped_storage()
-    if all(
-        view.is_contiguous()
-        and view.untyped_storage() is storage
-        and view.storage_offset() == first.storage_offset() + k * first.numel()
-        for k, view in enumerate(views)
-    ):  # neighbours in memory, as from images.chunk(2), need no copy
-        flat = first.as_strided((len(views) * first.numel(),), (1,))
-        return flat.view(len(views) * len(first), *first.shape[1:])
-    return torch.cat([view.detach() for view in views])
-
-
-def _split(k: int, output: Any, views: int) -> Sequence[Any]:
-    """The decoder's output for each view."""
-    if views == 1:
-        return [output]
-    if not isinstance(output, Tensor) or output.ndim == 0 or len(output) % views:
-        got = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
-        raise ValueError(
-            f"the decoder of unit {k} returns one tensor, the {views} views along its first axis; got {got}"
-        )
-    return output.chunk(views)
-
-
-def _scalar(k: int, loss: Any) -> Tensor:
-    if not isinstance(loss, Tensor):
-        raise TypeError(f"the loss of unit {k} returns a scalar tensor; got {type(loss).__name__}")
-    if loss.numel() != 1:
-        raise ValueError(
-            f"the loss of unit {k} returns a scalar; got shape {tuple(loss.shape)}. Reduce it, for example with reduction='mean'"
-        )
-    return loss.reshape(())
-
-
-def _warn_of_fp16(device: str) -> None:
-    available = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    if available and torch.get_autocast_dtype(device) == torch.float16:
-        warnings.warn(
-            "fp16 autocast without grad_scale=: the local backward runs on unscaled losses, and small gradients are lost. Pass "
-            "grad_scale=scaler.get_scale()",
-            stacklevel=4,
-        )

@@ -21,7 +21,7 @@ def oracle(model: LocalWrapper, *views: Tensor, targets: Tensor | None = None) -
     outlets: list[Tensor] = []  # clones, since the next stage may begin with an operation in place
     handles = [
         backbone.get_submodule(name).register_forward_hook(lambda module, args, output: outlets.append(output.clone()))
-        for name in model._cuts
+        for name in model.stages
     ]
     backbone(torch.cat(views))
     for handle in handles:

@@ -16,7 +16,8 @@ LAYERS = [  # what stands further down may not import what stands above it, or b
     {"_engine", "_attach"},
     {"_shapes"},
     {"sharing", "_cuts", "_isolation"},
-    {"schedules", "_segment", "_gradients", "decoders", "losses", "distributed", "measure"},
+    {"schedules", "_segment", "_gradients", "_objective", "decoders", "losses", "measure"},
+    {"distributed"},
     {"plan"},
 ]
 STANDALONE = {"decoders", "losses", "measure"}

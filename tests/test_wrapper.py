@@ -60,8 +60,8 @@ def test_stages_may_be_names_modules_or_indices() -> None:
     backbone = nn.Sequential(small_net(), small_net_on(4), small_net_on(4))
     for stages in (["0.1", "1", "2"], [backbone[0][1], backbone[1], backbone[2]]):
         model = wrap(backbone, stages=stages)
-        assert model._cuts == ("0.1", "1", "2")
-    assert wrap(backbone, stages=[0, -1])._cuts == ("0", "2")
+        assert model.stages == ("0.1", "1", "2")
+    assert wrap(backbone, stages=[0, -1]).stages == ("0", "2")
 
 
 def small_net_on(width: int) -> nn.Module:

@@ -1,0 +1,22 @@
+"""Sphinx's settings: `sphinx-build -W docs docs/_build`."""
+
+import locallearn
+
+project = "locallearn"
+author = "The locallearn authors"
+copyright = "2026, the locallearn authors"
+version = release = locallearn.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
+exclude_patterns = ["_build"]
+myst_heading_anchors = 3  # links to headings inside of a page
+nitpicky = False  # torch's and einops' own docs are not fetched, so their names stay unlinked
+
+autodoc_member_order = "bysource"
+autodoc_inherit_docstrings = False  # nn.Module says nothing about our forward
+autodoc_preserve_defaults = True
+autodoc_typehints_format = "short"
+napoleon_numpy_docstring = False
+
+html_theme = "furo"
+html_title = f"locallearn {release}"

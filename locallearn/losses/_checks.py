@@ -1,0 +1,114 @@
+"""What InfoNCE refuses, and what it says then. Shapes, types and settings only: no check reads a tensor's values."""
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch.distributed as dist
+from torch import Tensor
+
+from locallearn.distributed import world_size
+
+
+def check_settings(
+    temperature: float | Tensor, form: str, same_label: str, reduction: str, gather: bool | str, tile: int | None
+) -> None:
+    """Refuse settings that no input could make right."""
+    if isinstance(temperature, Tensor):
+        if not temperature.is_floating_point() or temperature.numel() != 1:
+            raise ValueError(
+                f"temperature as a tensor must be one floating-point number; got shape {tuple(temperature.shape)} "
+                f"of {temperature.dtype}"
+            )
+    elif isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
+        raise TypeError(f"temperature must be a number or a tensor of one element; got {type(temperature).__name__}")
+    elif not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be positive and finite; got {temperature}")
+    for name, given, known in (
+        ("form", form, ("nt-xent", "two-way", "one-way")),
+        ("same_label", same_label, ("attract", "ignore")),
+        ("reduction", reduction, ("none", "sum", "mean")),
+        ("gather", gather, (True, False, "auto")),
+    ):
+        if given not in known:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; got {given!r}")
+    if tile is not None and (isinstance(tile, bool) or not isinstance(tile, int) or tile < 0):
+        raise ValueError(f"tile must be None (choose by device), 0 (whole matrix) or a number of rows; got {tile!r}")
+
+
+def check_views(views: Sequence[Tensor]) -> None:
+    """Refuse anything but floating-point tensors of one shape (N, D) on one device."""
+    if not views:
+        raise TypeError("InfoNCE needs the embeddings of at least one view, (N, D) each; got none")
+    for number, view in enumerate(views):
+        _check_floating(f"view {number}", view)
+    shapes = [tuple(view.shape) for view in views]
+    if any(len(shape) != 2 or shape != shapes[0] for shape in shapes):
+        raise ValueError(
+            f"views must all have one shape (N, D); got {_listed(shapes)} (a queue goes by name: negatives=)"
+        )
+    devices = [view.device for view in views]
+    if any(device != devices[0] for device in devices):
+        raise ValueError(f"views must all be on one device; got {_listed(devices)}")
+
+
+def check_pairs(views: Sequence[Tensor], labels: Tensor | None, form: str, needed: int) -> None:
+    """Refuse fewer than `needed` pairs, and views that the form does not know how to compare."""
+    if len(views) == 1 and labels is None:
+        raise ValueError("InfoNCE needs two views, or one view with labels=; got one view without labels")
+    if form != "nt-xent" and len(views) != 2:
+        raise ValueError(f"form={form!r} compares two views; got {len(views)}")
+    count = views[0].shape[0]
+    if count < needed:
+        what = "two pairs, or negatives=: the other pairs are the negatives" if needed == 2 else "one pair"
+        raise ValueError(f"InfoNCE needs at least {what}; got N = {count}")
+
+
+def check_negatives(negatives: Tensor, views: Sequence[Tensor], labels: Tensor | None, form: str) -> None:
+    """Refuse negatives that are neither a queue (M, D) nor one set per query (N, M, D), or do not go with the rest."""
+    _check_floating("negatives", negatives)
+    n, d = views[0].shape
+    shape = tuple(negatives.shape)
+    queue = len(shape) == 2 and shape[1] == d
+    paired = len(shape) == 3 and (shape[0], shape[2]) == (n, d)
+    if not (queue or paired) or shape[-2] == 0:
+        raise ValueError(
+            f"negatives must be a queue (M, {d}) or one set per query ({n}, M, {d}), with M > 0; got {shape}"
+        )
+    if len(views) != 2 or form == "two-way" or labels is not None:
+        raise ValueError(
+            "negatives= makes view 0 the query and view 1 its positive: it goes with two views, without labels and "
+            f"without form='two-way'; got {len(views)} view(s), form={form!r}, labels "
+            f"{'not given' if labels is None else 'given'}"
+        )
+
+
+def check_labels(labels: Tensor, views: Sequence[Tensor], same_label: str) -> None:
+    """Refuse labels that are not one integer per row."""
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be a tensor; got {type(labels).__name__}")
+    if labels.is_floating_point() or labels.is_complex():
+        raise TypeError(f"labels must be integers; got {labels.dtype}")
+    if labels.shape != views[0].shape[:1]:
+        raise ValueError(f"labels must have shape ({views[0].shape[0]},), one per row; got {tuple(labels.shape)}")
+    if len(views) == 1 and same_label == "ignore":
+        raise ValueError("one view has only its labels to find positives by; same_label='ignore' needs two views")
+
+
+def gathers(gather: bool | str) -> bool:
+    """Whether this call uses every rank's embeddings."""
+    if gather is True and not (dist.is_available() and dist.is_initialized()):
+        raise ValueError("gather=True needs torch.distributed.init_process_group() first; gather='auto' does not")
+    return gather is not False and world_size() > 1
+
+
+def _check_floating(name: str, tensor: object) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor of embeddings; got {type(tensor).__name__}")
+    if not tensor.is_floating_point():
+        raise TypeError(
+            f"{name} must hold floating-point embeddings; got {tensor.dtype} of shape {tuple(tensor.shape)}"
+        )
+
+
+def _listed(items: Iterable[object]) -> str:
+    return ", ".join(map(str, items))

@@ -1,0 +1,110 @@
+"""What README.md and docs/ say is true: their Python runs, their links lead somewhere, their commands are those of CI."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torchvision import models
+
+from locallearn import ConvMLPDecoder, LocalWrapper, TokenDecoder
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+SNIPPET = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\((?!https?://)([^)#\s]+)")
+
+
+def name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Snippets run as a reader's do, in single precision, and leave no file behind."""
+    monkeypatch.chdir(tmp_path)
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.usefixtures("elsewhere")
+@pytest.mark.parametrize("page", [page for page in PAGES if SNIPPET.search(page.read_text())], ids=name)
+def test_snippets_run_in_the_order_of_the_page(page: Path) -> None:
+    text = page.read_text()
+    namespace: dict[str, object] = {"__name__": page.stem}
+    for snippet in SNIPPET.finditer(text):
+        above = text.count("\n", 0, snippet.start(1))
+        exec(compile("\n" * above + snippet[1], str(page), "exec"), namespace)  # a traceback shows the page's line
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links_to_files_lead_to_files(page: Path) -> None:
+    missing = [link for link in LINK.findall(page.read_text()) if not (page.parent / link).exists()]
+    assert not missing
+
+
+def test_every_page_has_its_place_in_the_contents() -> None:
+    contents = (ROOT / "docs/index.md").read_text()
+    listed = re.search(r"^```\{toctree\}\n(?::\w+:\n)*([^`]*)^```$", contents, re.MULTILINE)
+    assert listed is not None
+    pages = {page.stem for page in (ROOT / "docs").iterdir() if page.suffix in {".md", ".rst"}}
+    assert set(listed[1].split()) == pages - {"index"}
+
+
+CUTS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
+    "torchvision ResNet": (models.resnet18, [f"layer{k}" for k in range(1, 5)]),
+    "torchvision RegNet": (models.regnet_y_400mf, [f"trunk_output.block{k}" for k in range(1, 5)]),
+    "torchvision ShuffleNet": (models.shufflenet_v2_x0_5, ["stage2", "stage3", "conv5"]),
+    "torchvision ConvNeXt": (models.convnext_tiny, [f"features.{k}" for k in (1, 3, 5, 7)]),
+    "torchvision Swin": (models.swin_t, [f"features.{k}" for k in (1, 3, 5, 7)]),
+    "torchvision DenseNet": (
+        models.densenet121,
+        [*(f"features.transition{k}" for k in range(1, 4)), "features.norm5"],
+    ),
+    "torchvision EfficientNet": (models.efficientnet_b0, [f"features.{k}" for k in (2, 3, 5, 8)]),
+    "torchvision ViT": (models.vit_b_32, [f"encoder.layers.encoder_layer_{k}" for k in (2, 5, 8, 11)]),
+    "timm ResNet": (lambda: timm.create_model("resnet18"), [f"layer{k}" for k in range(1, 5)]),
+    "timm ConvNeXt": (lambda: timm.create_model("convnext_atto"), [f"stages.{k}" for k in range(4)]),
+    "timm Swin": (
+        lambda: timm.create_model("swin_tiny_patch4_window7_224"),
+        [f"layers.{k}" for k in range(4)],
+    ),
+    "timm ViT": (lambda: timm.create_model("vit_tiny_patch16_224"), [f"blocks.{k}" for k in (2, 5, 8, 11)]),
+}
+
+
+@pytest.mark.usefixtures("elsewhere")
+@pytest.mark.parametrize("backbone", CUTS)
+def test_cuts_that_the_docs_advise_hold(backbone: str) -> None:
+    make, stages = CUTS[backbone]
+    page = (ROOT / "docs/your-backbone.md").read_text()
+    assert f"`{stages[0]}`" in page
+    assert f"`{stages[-1]}`" in page.replace("`..._", "`encoder.layers.encoder_layer_")
+    LocalWrapper(make(), stages, decoder=TokenDecoder if "ViT" in backbone else ConvMLPDecoder)
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_counted_figures_are_those_of_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import memory
+
+    tables = re.findall(
+        r"^<!-- benchmarks/memory.py(?: --arch (\w+))? -->\n(.*?)^<!-- end -->$",
+        "".join(page.read_text() for page in PAGES),
+        re.MULTILINE | re.DOTALL,
+    )
+    assert [arch for arch, _ in tables] == ["", "", "vit_b_16"]
+    assert tables[0] == tables[1]
+    for arch, table in tables[1:]:
+        rows = {
+            cells[0]: cells[1:] for line in table.splitlines() if (cells := [c.strip() for c in line.split("|")[1:-1]])
+        }
+        for row in memory.ROWS:
+            cost = memory.cost(row, arch or "resnet50", batch_size=32)
+            gflop, peak = (float(rows[row.name][column].replace(",", "")) for column in (0, 2))
+            assert gflop == pytest.approx(cost.flops / 1e9, rel=0.01)
+            assert peak == pytest.approx(cost.peak_bytes / 1e6, rel=0.02)  # other releases of torch save other tensors
