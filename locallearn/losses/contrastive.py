@@ -1,6 +1,6 @@
 """InfoNCE in all its forms: NT-Xent, CLIP's two directions, MoCo's queue, SupCon."""
 
-from collections.abc import Sequence
+from functools import reduce
 from typing import Literal, overload
 
 import torch
@@ -142,12 +142,13 @@ def info_nce(
     _checks.check_pairs(views, labels, form, needed=2 if negatives is None and not everywhere else 1)
 
     with full_precision(views[0].device):
-        *rows, others = _promoted([*views, views[0] if negatives is None else negatives])
-        rows = [row * scale(row, temperature) for row in rows]  # (N, D), whose dot products are logits in bits
+        given = views if negatives is None else (*views, negatives)
+        dtype = reduce(torch.promote_types, (x.dtype for x in given), torch.float32)
+        rows = [x * scale(x, temperature) for x in (view.to(dtype) for view in views)]  # (N, D), dot products are bits
         counts = row_counts(rows[0]) if everywhere else [rows[0].shape[0]]
         bounded = not isinstance(temperature, Tensor) and temperature * LN2 * 59 >= 1  # within 60 bits when rounded
         if negatives is not None:
-            losses, right = against_given(rows, others, temperature, bounded, tile)
+            losses, right = against_given(rows, negatives.to(dtype), temperature, bounded, tile)
         elif form == "one-way" and labels is None and tile is None and reduction != "none" and not everywhere:
             losses, right = one_way(*rows)
         else:
@@ -163,13 +164,6 @@ def info_nce(
     if not return_top1:
         return losses
     return losses, right if reduction == "none" else right.float().mean()
-
-
-def _promoted(tensors: Sequence[Tensor]) -> list[Tensor]:
-    dtype = torch.float32
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return [tensor.to(dtype) for tensor in tensors]
 
 
 class InfoNCE(nn.Module):
