@@ -309,7 +309,9 @@ def restore(args: argparse.Namespace, methods: list[Method]) -> int:
         checkpoint = torch.load(path, map_location=args.device, weights_only=True)
         before = checkpoint["settings"]
         if changed := [name for name, value in settings(args).items() if before[name] != value]:
-            options = " ".join(f"--{name.replace('_', '-')} {before[name]}" for name in changed if before[name])
+            options = " ".join(
+                f"--{name.replace('_', '-')} {before[name]}" for name in changed if before[name] is not None
+            )
             raise DataError(f"{path} is of a run with other settings: resume it with {options or 'its own options'}")
         for method in methods:
             method.restore(checkpoint["methods"][method.name])
