@@ -181,9 +181,9 @@ def memory(loss: Loss, views: list[Tensor]) -> tuple[float, float]:
         between = torch.cuda.memory_allocated() - before
         value.backward()
         return (torch.cuda.max_memory_allocated() - before) / 1e6, between / 1e6
-    with quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as forward:
+    with Quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as forward:
         value = loss(*views)
-    with quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as backward:
+    with Quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as backward:
         value.backward()
     peak, between = live_bytes(forward, 0)
     return max(peak, live_bytes(backward, between)[0]) / 1e6, between / 1e6
@@ -198,7 +198,7 @@ def live_bytes(recorded: profile, live: int) -> tuple[int, int]:
     return peak, live
 
 
-class quiet:
+class Quiet:
     """Silence the profiler's own messages, which go to the process's stderr."""
 
     def __enter__(self) -> None:
@@ -334,7 +334,7 @@ def accuracy(every: list[Row]) -> Iterator[str]:
     yield "| temperature | pairs | autocast | " + " | ".join(row.name for row in every) + " |"
     yield "|" + "---|" * (len(every) + 3)
     for temperature, pairs, autocast in cases:
-        global TEMPERATURE
+        global TEMPERATURE  # noqa: PLW0603  # the rows are functions of two views only
         before, TEMPERATURE = TEMPERATURE, temperature
         z0, z1 = (z.detach() for z in embeddings(48, "cpu"))
         views = [z0.requires_grad_(), (z0.detach() + noise[pairs] * z1).requires_grad_()]
@@ -427,7 +427,7 @@ def in_throw_away_environment() -> int:
         ).stdout.strip()
         (Path(site) / "host.pth").write_text(f"{here}\n{ROOT}\n")
         subprocess.run([python, "-m", "pip", "install", "--quiet", *PEERS], check=True)
-        return subprocess.run([python, __file__, "--installed", *sys.argv[1:]]).returncode
+        return subprocess.run([python, __file__, "--installed", *sys.argv[1:]], check=False).returncode
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from einops.layers.torch import Rearrange
+from einops import rearrange
 from torch import Tensor, nn
 
 from locallearn._segment import unchanged
@@ -47,13 +47,20 @@ def attach(
                 features = private(features)
         at = channel_axis(features) if axis is None else axis
         if at == -1 and features.ndim > 3:
-            parts.append(Rearrange("n ... c -> n c ..."))
+            parts.append(_ChannelsFirst())
         parts.append(make(k, features.shape[at]))
         whole = parts[0] if len(parts) == 1 else nn.Sequential(*parts)
         _follow(whole, outlets[unit.last].features.device, dtype)
         _try(k, whole, outlets[unit.last].features)
         attached.append(whole)
     return attached
+
+
+class _ChannelsFirst(nn.Module):
+    """``Rearrange`` of ``einops.layers.torch``, whose import takes a second where torch is older than 2.8."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        return rearrange(features, "n ... c -> n c ...")
 
 
 def _maker(decoder: object, units: int) -> Callable[[int, int], nn.Module]:
