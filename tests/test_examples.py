@@ -27,9 +27,9 @@ pytest.importorskip("sklearn")
 pytest.importorskip("rich")
 pytest.importorskip("tqdm")
 
-from PIL import Image  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-from torchvision import datasets  # noqa: E402
+from PIL import Image
+from torch import Tensor, nn
+from torchvision import datasets
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
