@@ -233,8 +233,8 @@ def measure(every: list[Row], sizes: list[int], repeats: int, patience: float, l
             ready.append((row, loss))
         for repeat in range(repeats):
             for row, loss in ready:
-                if repeat and row.milliseconds[n] * repeats > 1e3 * patience:
-                    continue  # slow ones have been timed once, and vary little
+                if repeat > 1 and row.milliseconds[n] * repeats > 1e3 * patience:
+                    continue  # slow ones are timed twice
                 row.milliseconds[n] = min(step(loss, views), row.milliseconds.get(n, math.inf))
         print(f"N = {n} done", file=sys.stderr)
 
@@ -246,8 +246,8 @@ def too_much(row: Row, n: int, patience: float, limit: float) -> str:
     last = max(row.peak)
     predicted = row.peak[last] * (n / last) ** row.growth
     if row.name != "locallearn" and predicted > limit:
-        return f"predicted {predicted / 1e3:.3g} GB: does not fit"
-    if row.milliseconds[last] * (n / last) ** row.growth > 1e3 * patience * 4:
+        return f"predicted {predicted / 1e3:,.0f} GB: does not fit"
+    if row.milliseconds[last] * (n / last) ** row.growth > 1e3 * patience * 8:
         return f"predicted {row.milliseconds[last] * (n / last) ** row.growth / 1e3:.3g} s: not run"
     return ""
 
@@ -314,7 +314,7 @@ def targets(every: list[Row], sizes: list[int]) -> Iterator[str]:
 
 def reference(z0: Tensor, z1: Tensor, temperature: float) -> Tensor:
     """Compute NT-Xent in float64 without cancellation: softplus(logsumexp of the negatives - positive)."""
-    z = F.normalize(torch.cat([z0, z1]).double(), dim=1)
+    z = F.normalize(torch.cat([z0, z1]), dim=1)
     logits, rows = z @ z.t() / temperature, torch.arange(len(z))
     positive = logits[rows, rows.roll(len(z0))]
     negatives = logits.clone()
@@ -338,13 +338,14 @@ def accuracy(every: list[Row]) -> Iterator[str]:
         before, TEMPERATURE = TEMPERATURE, temperature
         z0, z1 = (z.detach() for z in embeddings(48, "cpu"))
         views = [z0.requires_grad_(), (z0.detach() + noise[pairs] * z1).requires_grad_()]
-        exact = torch.autograd.grad(reference(*views, temperature), views)
+        doubles = [view.detach().double().requires_grad_() for view in views]
+        exact = torch.cat(torch.autograd.grad(reference(*doubles, temperature), doubles))
         cells = []
         for row in every:
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 loss = row.make()(*views)
-            error = torch.cat([a - b for a, b in zip(torch.autograd.grad(loss, views), exact, strict=True)]).norm()
-            cells.append(f"{float(error / torch.cat(exact).norm()):.1e}")
+            found = torch.cat(torch.autograd.grad(loss, views)).double()
+            cells.append(f"{float((found - exact).norm() / exact.norm()):.1e}")
         TEMPERATURE = before
         yield "| " + " | ".join([str(temperature), pairs, "bf16" if autocast else "", *cells]) + " |"
 
@@ -373,7 +374,11 @@ def report(arguments: argparse.Namespace) -> Iterator[str]:
         every = rows()
         measure(every, arguments.sizes, arguments.repeats, arguments.patience, 1e3 * arguments.memory, "cpu")
         load = os.getloadavg()[0]
-        yield from ["", f"## CPU, {threads} thread{'s' * (threads > 1)} (load of the machine {load:.1f})", ""]
+        yield from [
+            "",
+            f"## CPU, {threads} thread{'s' * (threads > 1)} ({load:.1f} processes computing on {os.cpu_count()} cores)",
+            "",
+        ]
         yield from table(every, arguments.sizes)
         yield from ["", f"Promises, {threads} thread{'s' * (threads > 1)}:", ""]
         yield from targets(every, arguments.sizes)

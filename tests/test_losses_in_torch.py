@@ -39,6 +39,7 @@ def test_compiles_into_one_graph(options: dict) -> None:
     torch.testing.assert_close(gradients(loss, views), gradients(info_nce(*views, **options), views))
 
 
+@pytest.mark.filterwarnings("ignore:Skipping serialization")  # of torch 2.6 itself
 def test_compiles_with_inductor() -> None:
     torch._dynamo.reset()
     views = pairs(6, 4, dtype=torch.float32)

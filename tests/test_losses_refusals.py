@@ -27,6 +27,13 @@ LABELS = torch.arange(6)
         ((Z[0], Z[0]), {}, ValueError, r"got \(4,\), \(4,\)"),
         ((Z, Z, torch.randn(9, 4)), {}, ValueError, "negatives="),
         ((Z, Z.to("meta")), {}, ValueError, "one device; got cpu, meta"),
+        (
+            (Z, Z),
+            {"labels": LABELS.to("meta")},
+            ValueError,
+            "views and labels must all be on one device; got cpu, cpu, meta",
+        ),
+        ((Z, Z), {"negatives": Z.to("meta")}, ValueError, "views and negatives must all be on one device"),
         ((Z,), {}, ValueError, "one view without labels"),
         ((Z[:1], Z[:1]), {}, ValueError, "InfoNCE needs at least two pairs, or negatives=.*got N = 1"),
         ((Z[:1], Z[:1]), {"form": "one-way"}, ValueError, "at least two pairs"),

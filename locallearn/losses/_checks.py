@@ -46,9 +46,7 @@ def check_views(views: Sequence[Tensor]) -> None:
         raise ValueError(
             f"views must all have one shape (N, D); got {_listed(shapes)} (a queue goes by name: negatives=)"
         )
-    devices = [view.device for view in views]
-    if any(device != devices[0] for device in devices):
-        raise ValueError(f"views must all be on one device; got {_listed(devices)}")
+    _check_devices("views", views)
 
 
 def check_pairs(views: Sequence[Tensor], labels: Tensor | None, form: str, needed: int) -> None:
@@ -74,6 +72,7 @@ def check_negatives(negatives: Tensor, views: Sequence[Tensor], labels: Tensor |
         raise ValueError(
             f"negatives must be a queue (M, {d}) or one set per query ({n}, M, {d}), with M > 0; got {shape}"
         )
+    _check_devices("views and negatives", [*views, negatives])
     if len(views) != 2 or form == "two-way" or labels is not None:
         raise ValueError(
             "negatives= makes view 0 the query and view 1 its positive: it goes with two views, without labels and "
@@ -90,6 +89,7 @@ def check_labels(labels: Tensor, views: Sequence[Tensor], same_label: str) -> No
         raise TypeError(f"labels must be integers; got {labels.dtype}")
     if labels.shape != views[0].shape[:1]:
         raise ValueError(f"labels must have shape ({views[0].shape[0]},), one per row; got {tuple(labels.shape)}")
+    _check_devices("views and labels", [*views, labels])
     if len(views) == 1 and same_label == "ignore":
         raise ValueError("one view has only its labels to find positives by; same_label='ignore' needs two views")
 
@@ -108,6 +108,12 @@ def _check_floating(name: str, tensor: object) -> None:
         raise TypeError(
             f"{name} must hold floating-point embeddings; got {tensor.dtype} of shape {tuple(tensor.shape)}"
         )
+
+
+def _check_devices(names: str, tensors: Iterable[Tensor]) -> None:
+    devices = [tensor.device for tensor in tensors]
+    if any(device != devices[0] for device in devices):
+        raise ValueError(f"{names} must all be on one device; got {_listed(devices)}")
 
 
 def _listed(items: Iterable[object]) -> str:

@@ -1,7 +1,8 @@
 """The one-way form in a single pass: some queries against all keys at a time, the gradient with the loss.
 
 A query's logits are complete at once, so that its weights are known before they are gone: three matrix products instead
-of the four of tiles that are computed again in backward. It needs equal weights for all losses, as in a sum.
+of the four of tiles that are computed again in backward. It needs equal weights for all losses, as in a sum, and keys
+few enough to stay in a cache: beyond `MOST_KEYS` tiles are faster.
 """
 
 from typing import Any
@@ -12,6 +13,8 @@ from torch.nn import functional as F
 
 from locallearn.losses._precision import LN2, full_precision, product
 from locallearn.losses._tiles import refuse, save_nothing
+
+MOST_KEYS = 4096
 
 
 def one_way(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
@@ -26,7 +29,7 @@ def _one_way(query: Tensor, key: Tensor, differentiated: bool) -> tuple[Tensor, 
     n = query.shape[0]
     losses, right = query.new_empty(n), query.new_empty(n, dtype=torch.bool)
     moved = [torch.zeros_like(rows) if differentiated else rows.new_empty(0) for rows in (query, key)]
-    chunk = max(64, 2 ** (18 if query.device.type == "cpu" else 24) // n)
+    chunk = max(64, 2 ** (17 if query.device.type == "cpu" else 24) // n)
     with full_precision(query.device):
         for start in range(0, n, chunk):
             rows = slice(start, start + chunk)

@@ -38,7 +38,11 @@ def _hits(blocks: Sequence[Tensor], labels: Sequence[Tensor], at: Tile) -> tuple
     return hit, product(blocks[at.u][at.rows], blocks[at.v][at.columns])
 
 
-@torch.library.custom_op("locallearn::positives", mutates_args=())
+@torch.library.custom_op(
+    "locallearn::positives",
+    mutates_args=(),
+    schema="(Tensor[] blocks, Tensor[] labels, SymInt[] looks, SymInt tile) -> (Tensor, Tensor, Tensor, Tensor)",
+)
 def _positives(
     blocks: Sequence[Tensor], labels: Sequence[Tensor], looks: Sequence[int], tile: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -61,7 +65,12 @@ def _positives(
     return total, spread, torch.cat(largest), count
 
 
-@torch.library.custom_op("locallearn::positives_backward", mutates_args=())
+@torch.library.custom_op(
+    "locallearn::positives_backward",
+    mutates_args=(),
+    schema="(Tensor[] blocks, Tensor[] labels, SymInt[] looks, SymInt tile, Tensor sums, Tensor counts, "
+    "Tensor grad_sums, Tensor grad_spreads, SymInt wanted) -> Tensor[]",
+)
 def _positives_backward(
     blocks: Sequence[Tensor],
     labels: Sequence[Tensor],

@@ -97,7 +97,12 @@ def negatives(
     return list(torch.split(sums, sizes)), list(torch.split(largest.detach(), sizes))
 
 
-@torch.library.custom_op("locallearn::negatives", mutates_args=())
+@torch.library.custom_op(
+    "locallearn::negatives",
+    mutates_args=(),
+    schema="(Tensor[] blocks, Tensor[] labels, SymInt[] looks, SymInt twins, bool bounded, SymInt tile) "
+    "-> (Tensor, Tensor)",
+)
 def _negatives(
     blocks: Sequence[Tensor], labels: Sequence[Tensor], looks: Sequence[int], twins: int, bounded: bool, tile: int
 ) -> tuple[Tensor, Tensor]:
@@ -115,7 +120,12 @@ def _negatives(
     return torch.cat(sums), torch.cat(largest)
 
 
-@torch.library.custom_op("locallearn::negatives_backward", mutates_args=())
+@torch.library.custom_op(
+    "locallearn::negatives_backward",
+    mutates_args=(),
+    schema="(Tensor[] blocks, Tensor[] labels, SymInt[] looks, SymInt twins, bool bounded, SymInt tile, "
+    "Tensor sums, Tensor grad, SymInt wanted) -> Tensor[]",
+)
 def negatives_backward(
     blocks: Sequence[Tensor],
     labels: Sequence[Tensor],

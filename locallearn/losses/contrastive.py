@@ -1,17 +1,16 @@
 """InfoNCE in all its forms: NT-Xent, CLIP's two directions, MoCo's queue, SupCon."""
 
-from collections.abc import Sequence
+from functools import reduce
 from typing import Literal, overload
 
 import torch
 from torch import Tensor, nn
 
 from locallearn.distributed import row_counts
-from locallearn.losses._forms import against_given, in_batch, scale
-from locallearn.losses._one_way import one_way
-from locallearn.losses._precision import LN2, full_precision
-
 from locallearn.losses import _checks
+from locallearn.losses._forms import against_given, in_batch, scale
+from locallearn.losses._one_way import MOST_KEYS, one_way
+from locallearn.losses._precision import LN2, full_precision
 
 Form = Literal["nt-xent", "two-way", "one-way"]
 SameLabel = Literal["attract", "ignore"]
@@ -143,16 +142,24 @@ def info_nce(
     _checks.check_pairs(views, labels, form, needed=2 if negatives is None and not everywhere else 1)
 
     with full_precision(views[0].device):
-        *rows, others = _promoted([*views, views[0] if negatives is None else negatives])
-        rows = [row * scale(row, temperature) for row in rows]  # (N, D), whose dot products are logits in bits
+        given = views if negatives is None else (*views, negatives)
+        dtype = reduce(torch.promote_types, (x.dtype for x in given), torch.float32)
+        rows = [x * scale(x, temperature) for x in (view.to(dtype) for view in views)]  # (N, D), dot products are bits
         counts = row_counts(rows[0]) if everywhere else [rows[0].shape[0]]
         bounded = not isinstance(temperature, Tensor) and temperature * LN2 * 59 >= 1  # within 60 bits when rounded
+        alike = reduction != "none"
         if negatives is not None:
-            losses, right = against_given(rows, others, temperature, bounded, tile)
-        elif form == "one-way" and labels is None and tile is None and reduction != "none" and not everywhere:
+            losses, right = against_given(rows, negatives.to(dtype), temperature, bounded, tile)
+        elif (
+            form == "one-way"
+            and labels is None
+            and alike
+            and tile is None
+            and counts[0] <= MOST_KEYS
+            and not everywhere
+        ):
             losses, right = one_way(*rows)
         else:
-            alike = reduction != "none"
             losses, right = in_batch(rows, form, counts, labels, same_label == "attract", alike, bounded, tile)
             if form == "one-way":
                 losses, right = losses[0], right[0]
@@ -164,13 +171,6 @@ def info_nce(
     if not return_top1:
         return losses
     return losses, right if reduction == "none" else right.float().mean()
-
-
-def _promoted(tensors: Sequence[Tensor]) -> list[Tensor]:
-    dtype = torch.float32
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return [tensor.to(dtype) for tensor in tensors]
 
 
 class InfoNCE(nn.Module):
