@@ -17,7 +17,8 @@ _ops = torch.ops.locallearn
 def _product(at: _tiles.Tile, blocks: Sequence[Tensor]) -> int:
     rows = min(at.rows.stop, blocks[at.u].shape[0]) - at.rows.start
     columns = min(at.columns.stop, blocks[at.v].shape[0]) - at.columns.start
-    return 2 * rows * columns * blocks[at.u].shape[1]
+    flops: int = 2 * rows * columns * blocks[at.u].shape[1]
+    return flops
 
 
 @register_flop_formula([_ops.negatives, _ops.positives], get_raw=True)
