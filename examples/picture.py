@@ -63,7 +63,7 @@ def draw(summary: dict[str, Any], samples: Sequence[Tensor], path: Path) -> None
         _costs(panels[len(ACCURACIES) :], summary)
         settings, images = summary["settings"], summary["images"]
         figure.suptitle(
-            f"One backbone, one decoder, three reaches of the loss: {settings['data']}, {images['train']:,} images, "
+            f"One backbone, one decoder, three reaches of the loss: {images['name']}, {images['train']:,} images, "
             f"{settings['epochs']} epochs of batch {settings['batch_size']}, seed {settings['seed']}",
             x=0.012,
             ha="left",
@@ -76,14 +76,15 @@ def draw(summary: dict[str, Any], samples: Sequence[Tensor], path: Path) -> None
 def _samples(panel: Axes, samples: Sequence[Tensor]) -> None:
     images, *views = samples
     columns = [images.float() / 255, *[(view + 1) / 2 for view in views]]
+    frame = max(1, images.shape[-1] // 12)
     framed = np.pad(
         np.stack([rearrange(c.cpu().numpy(), "n c h w -> n h w c") for c in columns], axis=1),
-        [(0, 0), (0, 0), (0, 1), (0, 1), (0, 0)],
+        [(0, 0), (0, 0), (0, frame), (0, frame), (0, 0)],
         constant_values=1,
     )
     panel.imshow(rearrange(framed, "n v h w c -> (n h) (v w) c"), cmap="gray", vmin=0, vmax=1)
     width = framed.shape[3]
-    panel.set_xticks([width * (i + 0.5) - 1 for i in range(3)], ["image", "view 1", "view 2"])
+    panel.set_xticks([width * (i + 0.5) - frame for i in range(3)], ["image", "view 1", "view 2"])
     panel.tick_params(length=0)
     panel.set_yticks([])
     panel.spines[:].set_visible(False)

@@ -153,7 +153,7 @@ def new_backbone(args: argparse.Namespace, images: Images) -> SmallResNet:
 
 def new_decoder(width: int, seed: int) -> nn.Module:
     """The same for a width in all methods, however many decoders were made before."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return ConvMLPDecoder(width)
 
@@ -258,7 +258,7 @@ def show(rows: list[Row], images: Images, args: argparse.Namespace) -> None:
         "units",
         "linear\nprobe, %",
         "kNN, %",
-        "activations,\npeak MB",
+        "activa-\ntions, MB",
         "ms per\nstep",
         "FLOPs,\nrelative",
     ):
@@ -277,9 +277,9 @@ def show(rows: list[Row], images: Images, args: argparse.Namespace) -> None:
     console = Console()
     console.print(table)
     console.print(
-        f"Accuracies are on {len(images.test)} held-out images, ± their standard error. Memory (all that a training step makes "
-        "beside gradients) and FLOPs (of SimCLR's step) are counted exactly; times are medians over interleaved steps on a "
-        "noisy machine.",
+        f"Accuracies are on {len(images.test)} held-out images, ± their standard error. Activations: the peak of all that a "
+        "training step makes beside gradients; they and FLOPs (SimCLR = 1) are counted exactly. Times are medians over "
+        "interleaved steps; machines are noisy.",
         style="dim",
         highlight=False,
     )
@@ -327,7 +327,7 @@ def results(args: argparse.Namespace, images: Images, methods: list[Method], row
         "settings": settings(args),
         "versions": {"locallearn": locallearn.__version__, "torch": torch.__version__},
         "machine": f"{args.device.type}, {torch.get_num_threads()} threads, {platform.machine()}",
-        "images": {"train": len(images.train), "test": len(images.test), "size": images.size},
+        "images": {"name": images.name, "train": len(images.train), "test": len(images.test), "size": images.size},
         "table": [asdict(row) for row in rows],
         "units": {m.name: [[unit.first, unit.last] for unit in m.model.plan.units] for m in methods},
         "losses": {m.name: torch.tensor(m.losses).unflatten(0, (-1, steps)).mean(dim=1).tolist() for m in methods},

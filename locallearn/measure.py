@@ -13,6 +13,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
+import locallearn.losses._flops  # noqa: F401 - teaches torch's flop counter our operators
+
 
 class Cost(NamedTuple):
     """What one call did.
@@ -35,7 +37,8 @@ def measure(step: Callable[[], object]) -> Cost:
     state, the images) do not count, so run a first step before, if gradients are not to count. Runs under
     ``FakeTensorMode`` too, where a ResNet-50 at batch 64 takes seconds and no memory.
 
-    What happens inside of a custom operator is not seen, only its inputs and outputs.
+    What happens inside of a custom operator is not seen, only its inputs and outputs; InfoNCE's FLOPs are counted by their
+    formulas, its temporaries (a few tiles) are not.
 
     Args:
         step: for example ``lambda: model.local_step(view1, view2)``.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import resnet18
 
+from locallearn import InfoNCE
 from locallearn.measure import Cost, measure
 
 KB = 1024
@@ -30,6 +33,20 @@ def test_flops_agree_with_torchs_counter() -> None:
     with FlopCounterMode(display=False) as counter:
         model(images).sum().backward()
     assert measure(lambda: model(images).sum().backward()).flops == counter.get_total_flops()
+
+
+@pytest.mark.parametrize(
+    ("options", "products"),
+    [
+        ({"tile": 0}, 4 + 8),  # the whole (2N)^2 similarity, and its gradient twice
+        ({"tile": 64}, 3 + 3 + 4),  # its upper half, that again, and one product for each side of a tile that moves
+        ({"tile": None, "form": "one-way"}, 3),
+        ({"tile": 64, "form": "one-way"}, 1 + 1 + 2),
+    ],
+)
+def test_flops_of_infonce(options: dict[str, Any], products: int) -> None:
+    a, b = (torch.rand(64, 16, dtype=torch.float32, requires_grad=True) for _ in range(2))
+    assert measure(lambda: InfoNCE(**options)(a, b).backward()).flops == products * 2 * 64 * 64 * 16
 
 
 def test_peak_counts_what_is_alive_at_once() -> None:

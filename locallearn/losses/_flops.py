@@ -1,0 +1,52 @@
+"""How many floating-point operations the operators take, for torch's flop counter; imported by whoever counts."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from locallearn.losses import _one_way, _positives, _tiles
+
+assert _one_way, _positives  # importing them defines the operators
+
+_ops = torch.ops.locallearn
+
+
+def _product(at: _tiles.Tile, blocks: Sequence[Tensor]) -> int:
+    rows = min(at.rows.stop, blocks[at.u].shape[0]) - at.rows.start
+    columns = min(at.columns.stop, blocks[at.v].shape[0]) - at.columns.start
+    flops: int = 2 * rows * columns * blocks[at.u].shape[1]
+    return flops
+
+
+@register_flop_formula([_ops.negatives, _ops.positives], get_raw=True)
+def _similarities(blocks: Sequence[Tensor], labels: Any, looks: Sequence[int], *settings: Any, **_: Any) -> int:
+    """One product per tile."""
+    tile: int = settings[-1]
+    return sum(_product(at, blocks) for at in _tiles.tiles(blocks, looks, tile))
+
+
+def _gradients(blocks: Sequence[Tensor], looks: Sequence[int], tile: int, wanted: int) -> int:
+    """The tile again, and one product for each of its sides that moves."""
+    visited = [at for at in _tiles.tiles(blocks, looks, tile) if at.u < wanted]
+    return sum(_product(at, blocks) * (2 + (at.v < wanted and not at.on_diagonal)) for at in visited)
+
+
+@register_flop_formula(_ops.negatives_backward, get_raw=True)
+def _negatives_backward(
+    blocks: Any, labels: Any, looks: Any, twins: Any, bounded: Any, tile: int, *rest: Any, **_: Any
+) -> int:
+    return _gradients(blocks, looks, tile, wanted=rest[-1])
+
+
+@register_flop_formula(_ops.positives_backward, get_raw=True)
+def _positives_backward(blocks: Any, labels: Any, looks: Any, tile: int, *rest: Any, **_: Any) -> int:
+    return _gradients(blocks, looks, tile, wanted=rest[-1])
+
+
+@register_flop_formula(_ops.one_way, get_raw=True)
+def _queries_against_keys(query: Tensor, key: Tensor, differentiated: bool, **_: Any) -> int:
+    """One product, and two more if the gradient is computed with it."""
+    return 2 * query.shape[0] * key.shape[0] * query.shape[1] * (3 if differentiated else 1)
