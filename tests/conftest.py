@@ -8,6 +8,9 @@ import pytest
 import torch
 
 
+torch.set_num_threads(1)  # on tensors as small as these, threads only wait for each other
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="the whole cross of tests/test_engine.py, not a sample of it")
 

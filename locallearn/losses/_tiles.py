@@ -117,6 +117,7 @@ def _negatives(
                 part = log2sumexp2(logits, top, dim) if powers is None else powers.sum(dim).log2_()
                 sums[block][rows] = torch.logaddexp2(sums[block][rows], part)
                 largest[block][rows] = torch.maximum(largest[block][rows], top)
+            del logits, powers  # before the next tile is there
     return torch.cat(sums), torch.cat(largest)
 
 
@@ -162,8 +163,7 @@ def negatives_backward(
     with full_precision(blocks[0].device):
         for at in tiles(blocks, looks, tile):
             if at.u < wanted:  # v is not below u
-                weight = weights(_logits(blocks, labels, twins, at), at)
-                move(moved, blocks, at, weight)
+                move(moved, blocks, at, weights(_logits(blocks, labels, twins, at), at))
     return moved
 
 

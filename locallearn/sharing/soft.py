@@ -7,6 +7,7 @@ from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from locallearn.plan import Plan, Unit
 from locallearn.sharing.base import Sharing
@@ -31,6 +32,7 @@ class Soft(Sharing):
             raise ValueError(f"the penalty's coefficient is at least 0; got {coefficient}")
         self.coefficient = coefficient
 
+    @override
     def plan(self, stages: int, overlap: int) -> Plan:
         if overlap != 1:
             raise ValueError(
@@ -40,6 +42,7 @@ class Soft(Sharing):
             raise ValueError(f"soft sharing needs at least two stages; got {stages}")
         return Plan.windows(stages, overlap=0)
 
+    @override
     def private(self, unit: Unit, stages: Sequence[nn.Module | None]) -> nn.Module | None:
         if unit.last + 1 == len(stages):
             return None
@@ -51,6 +54,7 @@ class Soft(Sharing):
             )
         return PrivateStage(stage)
 
+    @override
     def penalty(self, decoders: nn.ModuleList, stages: Sequence[nn.Module | None]) -> Tensor | None:
         distances: list[Tensor] = []
         for decoder, stage in zip(decoders, stages[1:], strict=False):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing_extensions import override
+
 from locallearn.plan import Plan, Unit
 from locallearn.sharing.base import Sharing
 
@@ -17,6 +19,7 @@ class UpperOnly(Sharing):
         unit 2              #  #
     """
 
+    @override
     def plan(self, stages: int, overlap: int) -> Plan:
         plan = super().plan(stages, overlap)
         uppermost = {stage: k for k, unit in enumerate(plan.units) for stage in unit.updates}
