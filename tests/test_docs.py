@@ -104,8 +104,9 @@ def test_counted_figures_are_those_of_the_benchmark(monkeypatch: pytest.MonkeyPa
         rows = {
             cells[0]: cells[1:] for line in table.splitlines() if (cells := [c.strip() for c in line.split("|")[1:-1]])
         }
+        tolerance = 0.08 if arch else 0.01  # torch 2.6 has another attention, and does not count its FLOPs on a CPU
         for row in memory.ROWS:
             cost = memory.cost(row, arch or "resnet50", batch_size=32)
             gflop, peak = (float(rows[row.name][column].replace(",", "")) for column in (0, 2))
-            assert gflop == pytest.approx(cost.flops / 1e9, rel=0.08 if arch else 0.01)  # torch 2.6 counts no attention
-            assert peak == pytest.approx(cost.peak_bytes / 1e6, rel=0.02)  # other releases of torch save other tensors
+            assert gflop == pytest.approx(cost.flops / 1e9, rel=tolerance)
+            assert peak == pytest.approx(cost.peak_bytes / 1e6, rel=tolerance)
