@@ -117,6 +117,7 @@ def _negatives(
                 part = log2sumexp2(logits, top, dim) if powers is None else powers.sum(dim).log2_()
                 sums[block][rows] = torch.logaddexp2(sums[block][rows], part)
                 largest[block][rows] = torch.maximum(largest[block][rows], top)
+            del logits, powers  # before the next tile is there
     return torch.cat(sums), torch.cat(largest)
 
 
@@ -162,8 +163,7 @@ def negatives_backward(
     with full_precision(blocks[0].device):
         for at in tiles(blocks, looks, tile):
             if at.u < wanted:  # v is not below u
-                weight = weights(_logits(blocks, labels, twins, at), at)
-                move(moved, blocks, at, weight)
+                move(moved, blocks, at, weights(_logits(blocks, labels, twins, at), at))
     return moved
 
 
@@ -171,7 +171,8 @@ def move(moved: Sequence[Tensor], blocks: Sequence[Tensor], at: Tile, weight: Te
     """Add what a tile of weights contributes to the gradients of those blocks that want one, the first ones."""
     moved[at.u][at.rows] += product(weight, blocks[at.v][at.columns].t())
     if at.v < len(moved) and not at.on_diagonal:
-        moved[at.v][at.columns] += product(weight.t(), blocks[at.u][at.rows].t())
+        # the rows to the left: oneDNN copies what it gets transposed there, and they are smaller than the weights
+        moved[at.v][at.columns] += product(blocks[at.u][at.rows].t(), weight.t()).t()
 
 
 @_negatives.register_fake
