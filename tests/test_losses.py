@@ -105,16 +105,6 @@ def test_reductions_are_those_of_the_rows(options: dict, shape: tuple[int, ...],
     )
 
 
-@pytest.mark.parametrize("n", [2, 63, 64, 65, 200])
-def test_one_way_in_one_pass_equals_its_tiles(n: int) -> None:
-    views = views_of(2, n)
-    whole, tiled = (info_nce(*views, form="one-way", tile=tile, return_top1=True) for tile in (None, 50))
-    torch.testing.assert_close(whole, tiled)
-    torch.testing.assert_close(torch.autograd.grad(whole[0], views), torch.autograd.grad(tiled[0], views))
-    with torch.no_grad():
-        assert torch.equal(info_nce(*views, form="one-way"), whole[0])
-
-
 @pytest.mark.parametrize(("form", "candidates"), [("nt-xent", 2 * 7 - 1), ("two-way", 7), ("one-way", 7)])
 def test_where_nothing_is_learnt_the_loss_is_the_log_of_the_candidates(form: str, candidates: int) -> None:
     same = torch.ones(7, 4, dtype=torch.float64)

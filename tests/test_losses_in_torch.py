@@ -15,7 +15,6 @@ from torch._subclasses import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
 from locallearn import InfoNCE, info_nce
-from locallearn.losses._one_way import _one_way
 from locallearn.losses._positives import _positives
 from locallearn.losses._tiles import _negatives
 
@@ -59,11 +58,6 @@ opchecked = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor t
 @pytest.mark.parametrize("labels", [[], [LABELS, LABELS]], ids=["", "labels"])
 def test_opcheck_of_negatives(bounded: bool, labels: list[Tensor]) -> None:
     torch.library.opcheck(_negatives, (pairs(6, 4), labels, [0, 0, 0, 1, 1, 0, 1, 1], 2, bounded, 4))
-
-
-@opchecked
-def test_opcheck_of_one_way() -> None:
-    torch.library.opcheck(_one_way, (*pairs(6, 4), True))
 
 
 @opchecked

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from locallearn.losses import _one_way, _positives, _tiles
+from locallearn.losses import _positives, _tiles
 
-assert _one_way, _positives  # importing them defines the operators
+assert _positives  # importing it defines its operators
 
 _ops = torch.ops.locallearn
 
@@ -44,9 +44,3 @@ def _negatives_backward(
 @register_flop_formula(_ops.positives_backward, get_raw=True)
 def _positives_backward(blocks: Any, labels: Any, looks: Any, tile: int, *rest: Any, **_: Any) -> int:
     return _gradients(blocks, looks, tile, wanted=rest[-1])
-
-
-@register_flop_formula(_ops.one_way, get_raw=True)
-def _queries_against_keys(query: Tensor, key: Tensor, differentiated: bool, **_: Any) -> int:
-    """One product, and two more if the gradient is computed with it."""
-    return 2 * query.shape[0] * key.shape[0] * query.shape[1] * (3 if differentiated else 1)

@@ -171,7 +171,8 @@ def move(moved: Sequence[Tensor], blocks: Sequence[Tensor], at: Tile, weight: Te
     """Add what a tile of weights contributes to the gradients of those blocks that want one, the first ones."""
     moved[at.u][at.rows] += product(weight, blocks[at.v][at.columns].t())
     if at.v < len(moved) and not at.on_diagonal:
-        moved[at.v][at.columns] += product(weight.t(), blocks[at.u][at.rows].t())
+        # the rows to the left: oneDNN copies what it gets transposed there, and they are smaller than the weights
+        moved[at.v][at.columns] += product(blocks[at.u][at.rows].t(), weight.t()).t()
 
 
 @_negatives.register_fake

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from locallearn.distributed import row_counts
 from locallearn.losses import _checks
 from locallearn.losses._forms import against_given, in_batch, scale
-from locallearn.losses._one_way import MOST_KEYS, one_way
 from locallearn.losses._precision import LN2, full_precision
 
 Form = Literal["nt-xent", "two-way", "one-way"]
@@ -147,19 +146,10 @@ def info_nce(
         rows = [x * scale(x, temperature) for x in (view.to(dtype) for view in views)]  # (N, D), dot products are bits
         counts = row_counts(rows[0]) if everywhere else [rows[0].shape[0]]
         bounded = not isinstance(temperature, Tensor) and temperature * LN2 * 59 >= 1  # within 60 bits when rounded
-        alike = reduction != "none"
         if negatives is not None:
             losses, right = against_given(rows, negatives.to(dtype), temperature, bounded, tile)
-        elif (
-            form == "one-way"
-            and labels is None
-            and alike
-            and tile is None
-            and counts[0] <= MOST_KEYS
-            and not everywhere
-        ):
-            losses, right = one_way(*rows)
         else:
+            alike = reduction != "none"
             losses, right = in_batch(rows, form, counts, labels, same_label == "attract", alike, bounded, tile)
             if form == "one-way":
                 losses, right = losses[0], right[0]
