@@ -105,6 +105,6 @@ def warn_of_fp16(device: str) -> None:
     if available and torch.get_autocast_dtype(device) == torch.float16:
         warnings.warn(
             "fp16 autocast without grad_scale=: the local backward runs on unscaled losses, and small gradients are lost. Pass "
-            "grad_scale=scaler.get_scale()",
+            "grad_scale=scaler.get_scale() to model(*views), or grad_scale=scaler.scale(torch.ones(())) to local_step",
             stacklevel=4,
         )

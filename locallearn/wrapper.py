@@ -132,8 +132,9 @@ class LocalWrapper(nn.Module):
             views: one or more batches of the same shape; the backbone sees them as one batch, the loss one by one.
                 No gradient goes to them.
             targets: handed to the loss as its last argument, if not ``None``.
-            grad_scale: for fp16, ``scaler.get_scale()``: the gradients come out multiplied by it, for the scaler's
-                ``unscale_`` or ``step``.
+            grad_scale: for fp16, ``scaler.scale(torch.ones(()))``, on the scaler's device: the gradients come out multiplied
+                by it, for the scaler's ``unscale_`` or ``step``. (``get_scale()`` says the same, but a GradScaler refuses
+                to step before it has scaled something.)
 
         Returns:
             the units' losses, shape ``(units,)``, detached and unscaled.
