@@ -232,10 +232,12 @@ def measure(every: list[Row], sizes: list[int], repeats: int, patience: float, l
             if not math.isclose(value, expected, rel_tol=1e-5):
                 row.remark[n] = f"its value is {value:.6f} and ours {expected:.6f}"
             ready.append((row, loss))
-        for repeat in range(repeats):
+        for repeat in range(repeats * max(1, 2048 // n)):
             for row, loss in ready:
                 if repeat > 1 and row.milliseconds[n] * repeats > 1e3 * patience:
                     continue  # slow ones are timed twice
+                if n <= 1024:
+                    step(loss, views)  # what ran before has emptied the caches, for small ones a matter of weight
                 row.milliseconds[n] = min(step(loss, views), row.milliseconds.get(n, math.inf))
         print(f"N = {n} done", file=sys.stderr)
 

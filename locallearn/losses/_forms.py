@@ -59,10 +59,11 @@ def in_batch(
     if not tile:
         return matrix_losses(blocks, marks, looks, views, attract)
 
-    sums, tops = negatives(blocks, marks, looks, views, bounded, tile)
-    repelling, largest = torch.stack(sums[:anchors]), torch.stack(tops[:anchors])
+    shape = anchors, rows[0].shape[0]
+    own = slice(math.prod(shape))
+    repelling, largest = (part[own].view(shape) for part in negatives(blocks, marks, looks, views, bounded, tile))
     if attract:
-        attracting, spread, nearest = (torch.stack(part[:anchors]) for part in positives(blocks, marks, looks, tile))
+        attracting, spread, nearest = (part[own].view(shape) for part in positives(blocks, marks, looks, tile))
         alone = attracting == -math.inf  # the only row of its label has no positive, and no loss
         attracting = attracting.masked_fill(alone, math.inf)
     else:
@@ -79,7 +80,8 @@ def against_given(
     scales = scale(others, temperature)
     tile = _default_tile(query) if tile is None else tile
     if others.dim() == 2 and tile:
-        (repelling, _), (largest, _) = negatives([query, others * scales], [], [(0, 1)], 0, bounded, tile)
+        both = negatives([query, others * scales], [], [(0, 1)], 0, bounded, tile)
+        repelling, largest = (part[: query.shape[0]] for part in both)
     else:
         dots = query @ (others * scales).t() if others.dim() == 2 else (others @ query[:, :, None] * scales)[:, :, 0]
         repelling, largest = (dots * LN2).logsumexp(1) / LN2, dots.detach().amax(1)
@@ -95,11 +97,12 @@ def _met(form: str, views: int) -> list[tuple[int, int]]:
 
 def _twins(rows: Sequence[Tensor], anchors: int) -> tuple[Tensor, Tensor | float, Tensor]:
     """Return each anchor's log-sum-exp over its image's other views, that minus the mean, and the largest logit."""
+    if len(rows) == 2:
+        logit = (rows[0] * rows[1]).sum(1).expand(anchors, -1)
+        return logit, 0.0, logit.detach()  # a difference of equal numbers would round
     every = range(len(rows))
     pairs = {(u, v): (rows[u] * rows[v]).sum(1) for u in every for v in every if u < v}
     logits = torch.stack([torch.stack([pairs[min(u, v), max(u, v)] for v in every if v != u]) for u in range(anchors)])
-    if logits.shape[1] == 1:
-        return logits[:, 0], 0.0, logits.detach()[:, 0]  # a difference of equal numbers would round
     total = (logits * LN2).logsumexp(1) / LN2
     return total, total - logits.mean(1), logits.detach().amax(1)
 

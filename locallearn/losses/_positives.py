@@ -17,18 +17,13 @@ from locallearn.losses._tiles import Tile, log2sumexp2, move, refuse, same_label
 
 def positives(
     blocks: Sequence[Tensor], labels: Sequence[Tensor], looks: Sequence[tuple[int, int]], tile: int
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Return log2 of the sum of 2^logit over a row's positives, that minus their mean, and the largest: (R,) per block.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return log2 of the sum of 2^logit over a row's positives, that minus their mean, and the largest: (R,) each.
 
     A row without positives gets -inf, zero and -inf. The largest logits carry no gradient.
     """
-    sizes = [block.shape[0] for block in blocks]
     sums, spreads, largest, _ = _positives(blocks, labels, [block for pair in looks for block in pair], tile)
-    return (
-        list(torch.split(sums, sizes)),
-        list(torch.split(spreads, sizes)),
-        list(torch.split(largest.detach(), sizes)),
-    )
+    return sums, spreads, largest.detach()
 
 
 def _hits(blocks: Sequence[Tensor], labels: Sequence[Tensor], at: Tile) -> tuple[Tensor, Tensor]:

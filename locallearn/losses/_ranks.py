@@ -42,7 +42,7 @@ class AcrossRanks(torch.autograd.Function):
         every = range(len(blocks))
         looks = [(u, v) for u in every for v in every if (u % views, v % views) in met]
         sums, tops = negatives(blocks, [], [(u, v) for u, v in looks if u < views], views, bounded, tile)
-        repelling, largest = torch.stack(sums[:anchors]), torch.stack(tops[:anchors])
+        repelling, largest = (part[: positive.numel()].view_as(positive) for part in (sums, tops))
 
         totals = torch.logaddexp2(repelling, positive)  # (A, N)
         never = totals.new_full((views - anchors, totals.shape[1]), torch.inf)  # views without losses of their own

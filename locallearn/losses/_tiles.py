@@ -85,16 +85,15 @@ def negatives(
     twins: int,
     bounded: bool,
     tile: int,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Return log2 of the sum of 2^logit over each row's negatives, and the largest logit: (R,) and (R,) per block.
+) -> tuple[Tensor, Tensor]:
+    """Return log2 of the sum of 2^logit over each row's negatives, and the largest logit: (R,), (R,), block by block.
 
     Where there are labels, one per row of every block, rows of one label are no negatives of each other. A row without
     negatives gets -inf. `bounded` promises that no logit exceeds 60 bits either way, so that 2^logit fits into single
     precision as it is. The largest logits carry no gradient.
     """
-    sizes = [block.shape[0] for block in blocks]
     sums, largest = _negatives(blocks, labels, [block for pair in looks for block in pair], twins, bounded, tile)
-    return list(torch.split(sums, sizes)), list(torch.split(largest.detach(), sizes))
+    return sums, largest.detach()
 
 
 @torch.library.custom_op(
