@@ -18,9 +18,9 @@ LAYERS = [  # what stands further down may not import what stands above it, or b
     {"sharing", "_cuts", "_isolation"},
     {"schedules", "_segment", "_gradients", "_objective", "decoders", "losses"},
     {"distributed"},
-    {"plan"},
+    {"plan", "models"},
 ]
-STANDALONE = {"decoders": set(), "losses": {"distributed"}, "measure": {"losses"}}
+STANDALONE = {"decoders": set(), "models": set(), "losses": {"distributed"}, "measure": {"losses"}}
 
 
 def modules() -> dict[str, list[Path]]:
