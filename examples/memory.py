@@ -114,13 +114,8 @@ class Tables:
 
 def count(setting: Setting) -> Tables:
     """Everything, by fake tensors."""
-    fake = FakeTensorMode()
-    with FakeCopyMode(fake):
-        backbone = setting.backbone()
-    with fake:
-        counts = paper_counts(backbone, setting.stages, setting.images()[:1])
-    local = Method("", 0)
-    found = parts(setting, local)
+    counts = count_stages(setting)
+    found = parts(setting, Method("", 0))
     rows = list(tqdm(map(partial(method_row, setting), methods(setting)), total=len(methods(setting)), leave=False))
     simclr = rows[0]
     return Tables(
@@ -138,6 +133,15 @@ def count(setting: Setting) -> Tables:
             for row in rows
         ],
     )
+
+
+def count_stages(setting: Setting) -> list[StageCount]:
+    """By the paper's count, for one image."""
+    fake = FakeTensorMode()
+    with FakeCopyMode(fake):
+        backbone = setting.backbone()
+    with fake:
+        return paper_counts(backbone, setting.stages, setting.images()[:1])
 
 
 def stage_rows(setting: Setting, counts: list[StageCount], found: Parts) -> list[StageRow]:
