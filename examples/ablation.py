@@ -156,7 +156,7 @@ def show(ablation: Ablation, results: Sequence[Results], args: argparse.Namespac
     console = Console()
     console.print(table)
     console.print(
-        "The paper's are of ResNet-50 on ImageNet, 100 epochs, one run each. Its rows compare methods under different decoders: "
+        "The paper's are of ResNet-50 on ImageNet, 100 epochs. Its rows compare methods under different decoders: "
         "only those with the same decoder tell what a method is worth.",
         style="dim",
         highlight=False,
@@ -164,7 +164,11 @@ def show(ablation: Ablation, results: Sequence[Results], args: argparse.Namespac
 
 
 def heading(ablation: Ablation, args: argparse.Namespace) -> str:
-    return f"{ablation.title}: {' '.join(args.pretraining)}, {args.protocol} linear read-out"
+    run = pretrain.parser().parse_args(args.pretraining)
+    return (
+        f"{ablation.title}: {run.data}, {run.arch}, {run.epochs} epochs of batch {run.batch_size}, "
+        f"{args.protocol} linear read-out"
+    )
 
 
 def save(ablation: Ablation, results: Sequence[Results], args: argparse.Namespace) -> None:
@@ -192,15 +196,16 @@ def draw(ablation: Ablation, results: Sequence[Results], args: argparse.Namespac
         figure = Figure(figsize=(12, 1.6 + 0.4 * len(results)), layout="constrained", facecolor="white")
         ours, papers = figure.subplots(1, 2, sharey=True, width_ratios=(2, 1))
         for place, result in enumerate(results):
-            if known := list(result.top1.values()):
-                ours.plot(known, [place] * len(known), "o", color=FAINT, markersize=5)
+            known = list(result.top1.values())
+            ours.plot(known, [place] * len(known), "o", color=FAINT, markersize=5)
+            if len(known) > 1:
                 ours.plot([statistics.mean(known)] * 2, [place - 0.3, place + 0.3], color=INK, linewidth=2.5)
             papers.plot(result.row.paper, place, "D", color=INK, markersize=5)
         ours.set_yticks(range(len(results)), [f"{result.row.method}: {result.row.text}" for result in results])
         ours.set_ylim(len(results) - 0.5, -0.5)
         ours.set_xlabel("top-1, %: seeds and their mean")
-        papers.set_xlabel("top-1, %")
-        papers.set_title("in the paper (ResNet-50, ImageNet)")
+        papers.set_xlabel("ResNet-50, ImageNet, top-1, %")
+        papers.set_title("in the paper")
         for panel in (ours, papers):
             panel.grid(axis="x", color=GRID)
             panel.set_axisbelow(True)
@@ -242,6 +247,7 @@ def main(ablation: Ablation, script: str, argv: list[str] | None = None) -> int:
     for name, value in ablation.defaults.items():
         if name not in given:
             args.pretraining += [name, value]
+    pretrain.parser().parse_args(args.pretraining)  # refuses what it does not know, before the first run
     try:
         results = run(ablation, args)
     except StoppedError as stopped:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import TypeAlias
 
@@ -42,7 +42,7 @@ Storages: TypeAlias = dict[int, UntypedStorage]  # by id
 class Method:
     """A way to train: locally with an overlap, or plainly end to end where it is None."""
 
-    name: str
+    name: str = field(compare=False)
     overlap: int | None
     block: bool = True  # in the decoder, before its MLP
     recompute: bool = False
@@ -157,6 +157,7 @@ def new_step(setting: Setting, method: Method, backbone: nn.Module) -> Callable[
     return partial(model.local_step, *images.chunk(2))
 
 
+@cache
 def counted(setting: Setting, method: Method) -> Cost:
     """Exact, the same on every machine; without what all methods share: weights, their gradients, images."""
     fake = FakeTensorMode()

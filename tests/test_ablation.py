@@ -83,7 +83,7 @@ def test_mean_and_spread_over_seeds(tmp_path: Path, calls: list[list[str]], caps
     assert gim["std"] == loco["std"] == pytest.approx(50**0.5)
     assert "65.1" in printed
     assert "55.0" in printed
-    assert "--epochs 7" in printed
+    assert "digits, presnet_small, 7 epochs of batch 128, fast linear read-out" in printed
     with (tmp_path / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [float(rows[1][f"seed {seed}"]) for seed in (0, 1)] == pytest.approx([50, 60])
@@ -160,6 +160,15 @@ def test_what_the_rows_decide_cannot_be_given(arguments: list[str], capsys: pyte
         sharing.main(arguments)
     assert stopped.value.code == 2
     assert f"{arguments[0].split('=')[0]}: this follows from the rows" in capsys.readouterr().err
+
+
+def test_what_pretraining_does_not_know_is_refused_before_the_first_run(
+    tmp_path: Path, calls: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        decoder_depth.main(two_rows(tmp_path, "--epoch-count", "3"))
+    assert capsys.readouterr().err == "error: unrecognized arguments: --epoch-count 3\n"
+    assert not calls
 
 
 def test_a_tiny_table_is_really_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

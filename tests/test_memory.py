@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -140,6 +141,21 @@ def test_markdown_is_the_readmes_table(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert first.startswith("| end-to-end | ")
     assert "| 1.00x |" in first
     assert second.endswith("| |  |")  # what is recomputed in the backward is in the peak only
+
+
+def test_figures_in_the_docs_are_those_counted() -> None:
+    page = (Path(__file__).parent.parent / "docs/how-it-works.md").read_text()
+    (table,) = re.findall(r"^<!-- examples/memory.py -->\n.*?\n(.*?)^<!-- end -->$", page, re.MULTILINE | re.DOTALL)
+    setting = step_costs.Setting("presnet50", decoder_width=step_costs.DECODER_WIDTHS["presnet50"])
+    known = {method.name: method for method in step_costs.methods(setting)}
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[1:]]
+    assert len(lines) == 9
+    for name, *cells in lines:
+        cost = step_costs.counted(setting, known[name])
+        gflop, peak, saved = (float(cells[column].replace(",", "")) for column in (0, 2, 4))
+        assert gflop == pytest.approx(cost.flops / 1e9, rel=0.01)
+        assert peak == pytest.approx(cost.peak_bytes / 1e6, rel=0.01)
+        assert saved == pytest.approx(cost.saved_bytes / 1e6, rel=0.01)
 
 
 def test_transformers_are_counted_too() -> None:

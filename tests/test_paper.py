@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -30,7 +29,6 @@ def setting(arch: str) -> Setting:
     return Setting(arch, decoder_width=DECODER_WIDTHS.get(arch))
 
 
-@cache
 def cost(arch: str, method: Method) -> Cost:
     return counted(setting(arch), method)
 
