@@ -47,6 +47,7 @@ ARCHITECTURES = {
     "presnet50": Architecture(partial(_presnet50, literal=False), PRESNET),
     "presnet50-literal": Architecture(partial(_presnet50, literal=True), PRESNET),  # Table 8 to the letter
     "presnet_small": Architecture(presnet_small, PRESNET),
+    "presnet_small-3": Architecture(partial(presnet_small, blocks=3), PRESNET),  # blocks per stage, as in PResNet-50
     "shufflenet_v2_50": Architecture(_shufflenet, ("stage2", "stage3", "stage4", "conv6")),
 }
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from functools import cache, partial
 from typing import TypeAlias
 
 import torch
 from backbones import ARCHITECTURES, Architecture
 from torch import Tensor, UntypedStorage, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 from torchvision.models import resnet, vision_transformer, vit_b_16
 
@@ -27,7 +28,9 @@ BLOCKS = (
     shufflenet.TwoBranches,
     vision_transformer.EncoderBlock,
 )
-VIT = Architecture(lambda size: vit_b_16(image_size=size), tuple(f"encoder.layers.encoder_layer_{k}" for k in (2, 5, 8, 11)))
+VIT = Architecture(
+    lambda size: vit_b_16(image_size=size), tuple(f"encoder.layers.encoder_layer_{k}" for k in (2, 5, 8, 11))
+)
 COUNTED = {**ARCHITECTURES, "vit_b_16": VIT}  # four equal stages of three transformer blocks, to compare with
 # LoCo's largest unit on PResNet-50, stages 2 and 3, leaves its decoder 27 MB of 1,672 if it is to save 2.68x
 DECODER_WIDTHS = {"presnet50": 128, "presnet50-literal": 128}
@@ -39,7 +42,7 @@ Storages: TypeAlias = dict[int, UntypedStorage]  # by id
 class Method:
     """A way to train: locally with an overlap, or plainly end to end where it is None."""
 
-    name: str
+    name: str = field(compare=False)
     overlap: int | None
     block: bool = True  # in the decoder, before its MLP
     recompute: bool = False
@@ -55,13 +58,16 @@ class Setting:
     image_size: int = 224
     decoder_width: int | None = None
 
+    def images(self) -> Tensor:
+        return torch.zeros(2 * self.batch_size, 3, self.image_size, self.image_size)
+
     @property
     def stages(self) -> tuple[str, ...]:
         return COUNTED[self.arch].stages
 
-    def backbone(self, recompute: bool = False) -> nn.Module:
-        backbone = COUNTED[self.arch].make(self.image_size)
-        return recompute_blocks(backbone) if recompute else backbone
+    def backbone(self) -> nn.Module:
+        """A copy, of fake tensors under a FakeCopyMode: some initialisations cannot be faked."""
+        return deepcopy(_backbone(self.arch, self.image_size))
 
     def decoder(self, method: Method) -> Callable[[int], nn.Module]:
         if self.arch == "vit_b_16":
@@ -69,6 +75,11 @@ class Setting:
         if not method.block:
             return MLPDecoder
         return ConvMLPDecoder if method.full_width else partial(narrow_decoder, width=self.decoder_width)
+
+
+@cache
+def _backbone(arch: str, image_size: int) -> nn.Module:
+    return COUNTED[arch].make(image_size)
 
 
 def narrow_decoder(channels: int, width: int | None) -> nn.Module:
@@ -116,12 +127,11 @@ class Recomputed(nn.Module):
         return result
 
 
-def recompute_blocks(backbone: nn.Module) -> nn.Module:
+def recompute_blocks(backbone: nn.Module) -> None:
     for module in list(backbone.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, BLOCKS):
                 module.add_module(name, Recomputed(child))
-    return backbone
 
 
 def end_to_end_step(backbone: nn.Module, top: str, decoder: nn.Module, images: Tensor) -> None:
@@ -133,13 +143,13 @@ def end_to_end_step(backbone: nn.Module, top: str, decoder: nn.Module, images: T
     InfoNCE()(*decoder(outlets.pop()).chunk(2)).backward()
 
 
-def new_step(setting: Setting, method: Method, device: str) -> Callable[[], None]:
-    """A step, when the gradients of the weights are already there."""
+def new_step(setting: Setting, method: Method, backbone: nn.Module) -> Callable[[], None]:
+    """A step on the device of `backbone`, when the gradients of the weights are already there."""
     overlap = len(setting.stages) - 1 if method.overlap is None else method.overlap
-    with torch.device(device):
-        backbone = setting.backbone(method.recompute)
-        images = torch.zeros(2 * setting.batch_size, 3, setting.image_size, setting.image_size)
-        model = LocalWrapper(backbone, setting.stages, overlap, setting.decoder(method), example=images[:2])
+    if method.recompute:
+        recompute_blocks(backbone)
+    images = setting.images().to(next(backbone.parameters()).device)
+    model = LocalWrapper(backbone, setting.stages, overlap, setting.decoder(method), example=images[:2])
     for weight in model.parameters():
         weight.grad = torch.zeros_like(weight)
     if method.overlap is None:
@@ -147,15 +157,19 @@ def new_step(setting: Setting, method: Method, device: str) -> Callable[[], None
     return partial(model.local_step, *images.chunk(2))
 
 
+@cache
 def counted(setting: Setting, method: Method) -> Cost:
     """Exact, the same on every machine; without what all methods share: weights, their gradients, images."""
-    with FakeTensorMode():
-        return measure(new_step(setting, method, "cpu"))
+    fake = FakeTensorMode()
+    with FakeCopyMode(fake):
+        backbone = setting.backbone()
+    with fake:
+        return measure(new_step(setting, method, backbone))
 
 
 def on_cuda(setting: Setting, method: Method) -> int:
     """The most bytes that a step adds on the GPU: what the count leaves out are libraries' workspaces and rounding."""
-    step = new_step(setting, method, "cuda")
+    step = new_step(setting, method, setting.backbone().to("cuda"))
     step()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
@@ -172,6 +186,7 @@ def on_cuda(setting: Setting, method: Method) -> int:
 class Parts:
     """What is saved for backward in each stage and, above it, in a decoder; what several save stands in each."""
 
+    outlets: list[Tensor]
     stages: list[Storages]
     decoders: list[Storages]
 
@@ -188,37 +203,69 @@ def size(parts: Iterable[Storages]) -> int:
     return sum(storage.nbytes() for storage in union.values())
 
 
-def parts(setting: Setting, method: Method) -> Parts:
-    """Runs the backbone and a decoder on every outlet, and notes what autograd saves."""
-    stages: list[Storages] = [{} for _ in setting.stages]
-    decoders: list[Storages] = [{} for _ in setting.stages]
-    outlets: list[Tensor] = []
-    saving: Storages = stages[0]
-    known: Storages = {}
+class Saved:
+    """A hook for what autograd saves: notes it in `part`, which changes as the network runs. Weights do not count."""
 
-    def save(tensor: Tensor) -> Tensor:
+    def __init__(self) -> None:
+        self.part: Storages = {}
+        self._known: Storages = {}
+
+    def __call__(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if id(storage) not in known:
-            saving[id(storage)] = storage
+        if id(storage) not in self._known:
+            self.part[id(storage)] = storage
         return tensor
 
-    def end_stage(module: nn.Module, args: object, outlet: Tensor) -> None:
-        nonlocal saving
-        outlets.append(outlet)
-        saving = stages[len(outlets)] if len(outlets) < len(stages) else {}  # what follows is not trained
+    def ignore(self, tensors: Iterable[Tensor]) -> None:
+        self._known |= {id(storage): storage for tensor in tensors if (storage := tensor.untyped_storage())}
 
-    with FakeTensorMode(), torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
-        backbone = setting.backbone(method.recompute)
-        images = torch.zeros(2 * setting.batch_size, 3, setting.image_size, setting.image_size)
-        known |= {id(s := t.untyped_storage()): s for t in (images, *backbone.parameters(), *backbone.buffers())}
-        for stage in setting.stages:
-            backbone.get_submodule(stage).register_forward_hook(end_stage)
+    def ignore_weights(self, module: nn.Module) -> None:
+        self.ignore([*module.parameters(), *module.buffers()])
+
+
+def parts(setting: Setting, method: Method) -> Parts:
+    """Runs the backbone, and a decoder on every outlet, and notes what autograd saves."""
+    found = Parts([], [{} for _ in setting.stages], [{} for _ in setting.stages])
+    saved = Saved()
+    fake = FakeTensorMode()
+    with FakeCopyMode(fake):
+        backbone = setting.backbone()
+    if method.recompute:
+        recompute_blocks(backbone)
+
+    def end_stage(module: nn.Module, args: object, outlet: Tensor) -> None:
+        found.outlets.append(outlet)
+        ended = len(found.outlets)
+        saved.part = found.stages[ended] if ended < len(setting.stages) else {}  # what follows is not trained
+
+    for stage in setting.stages:
+        backbone.get_submodule(stage).register_forward_hook(end_stage)
+    with fake, torch.autograd.graph.saved_tensors_hooks(saved, lambda tensor: tensor):
+        images = setting.images()
+        saved.ignore([images])
+        saved.ignore_weights(backbone)
+        saved.part = found.stages[0]
         backbone(images)
-        for outlet, saving in zip(outlets, decoders, strict=True):
-            decoder = setting.decoder(method)(outlet.shape[-1 if outlet.ndim == 3 else 1])
-            known |= {id(s := t.untyped_storage()): s for t in (*decoder.parameters(), *decoder.buffers())}
+        for outlet, saved.part in zip(found.outlets, found.decoders, strict=True):
+            decoder = new_decoder(setting, method, outlet)
+            saved.ignore_weights(decoder)
             decoder(outlet.detach().requires_grad_())
-    return Parts(stages, decoders)
+    return found
+
+
+def new_decoder(setting: Setting, method: Method, outlet: Tensor) -> nn.Module:
+    return setting.decoder(method)(outlet.shape[-1 if outlet.ndim == 3 else 1])
+
+
+def decoder_costs(setting: Setting, method: Method, outlets: Sequence[Tensor]) -> list[Cost]:
+    """A forward and a backward of a decoder on each outlet."""
+
+    def cost(outlet: Tensor) -> Cost:
+        decoder, inlet = new_decoder(setting, method, outlet), outlet.detach().requires_grad_()
+        return measure(lambda: decoder(inlet).sum().backward())
+
+    with outlets[0].fake_mode:  # type: ignore[attr-defined]
+        return [cost(outlet) for outlet in outlets]
 
 
 def predicted(setting: Setting, method: Method, of: Parts) -> int:
