@@ -97,6 +97,38 @@ def linear(*argv: Any) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------------ measures
 
 
+def test_knn_is_the_weighted_vote_of_the_nearest() -> None:
+    """Three neighbours: one close of class 0, two farther off of class 1; the temperature decides."""
+    train = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.8, -0.6], [-1.0, 0.0]])
+    labels = torch.tensor([0, 1, 1, 0])
+    query, truth = torch.tensor([[2.0, 0.0]]), torch.tensor([0])
+    # exp(1/t) against 2 exp(0.8/t): equal at t = 0.2 / ln 2 = 0.2885
+    assert evaluate.knn(train, labels, query, truth, k=3, temperature=0.28) == 1
+    assert evaluate.knn(train, labels, query, truth, k=3, temperature=0.30) == 0
+    assert evaluate.knn(train, labels, query, truth, k=1, temperature=0.30) == 1
+    assert evaluate.knn(train, labels, query, truth, k=99) == 1  # there are only four
+
+
+def test_the_probe_reads_what_is_linear_and_nothing_else() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(200, 2)
+    side, quadrant = (x[:, 0] > 0).long(), (x[:, 0] * x[:, 1] > 0).long()
+    scaled = x * torch.tensor([1e-3, 1e3]) + 5
+    assert evaluate.linear_probe(scaled[:100], side[:100], scaled[100:], side[100:]) > 0.95
+    assert evaluate.linear_probe(scaled[:100], quadrant[:100], scaled[100:], quadrant[100:]) < 0.7
+
+
+def test_features_are_those_of_eval_mode_and_leave_the_backbone_as_it_was() -> None:
+    backbone = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1))
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    x = torch.randint(0, 256, (7, 1, 8, 8), dtype=torch.uint8)
+    found = evaluate.features(backbone, x, batch_size=3)
+    assert backbone.training
+    assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
+    expected = backbone.eval()(x / 127.5 - 1).flatten(1)
+    torch.testing.assert_close(found, expected)
+
+
 def test_logistic_regression_is_scikit_learns() -> None:
     """The same accuracy on classes that overlap, to within a few of 1,000 held-out points."""
     torch.manual_seed(0)
