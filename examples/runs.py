@@ -41,3 +41,10 @@ def load(path: Path) -> Run:
     except RuntimeError as problem:
         raise DataError(f"{weights} holds weights of another architecture than {settings['arch']}") from problem
     return Run(settings, backbone.eval(), architecture.stages, tuple(settings["mean"]), tuple(settings["std"]))
+
+
+def read_log(directory: Path) -> list[dict[str, Any]]:
+    """The lines of log.jsonl; one that a killed run left unfinished is not there."""
+    path = directory / "log.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
