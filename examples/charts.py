@@ -192,11 +192,11 @@ def draw_memory(rows: Sequence[Saving], path: Path) -> None:
                 panel.barh(place + 0.19, row.saved, 0.36, color=colour, alpha=0.45)
                 for y, value in ((place - 0.19, row.peak), (place + 0.19, row.saved)):
                     at = {"xytext": (4, 0), "textcoords": "offset points", "va": "center", "fontsize": 8.5}
-                    panel.annotate(f"{value:.2f}", (value, y), **at)
+                    panel.annotate(f"{value:.2f}", (max(value, row.in_paper or 0), y), **at)
                 if row.in_paper is not None:
                     panel.vlines(row.in_paper, place - 0.42, place + 0.42, color=INK, linewidth=2)
             panel.set_yticks(range(len(own)), [row.method.replace("`", "") for row in own])
-            panel.set_ylim(len(own) - 0.4, -0.6)
+            panel.set_ylim(most - 0.4, -0.6)
             panel.axvline(1, color=FAINT, linewidth=1, zorder=0)
             panel.set_title(arch)
             panel.margins(x=0.12)

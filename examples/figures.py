@@ -55,24 +55,30 @@ class Directory:
     label: str
 
 
-def labelled(paths: Sequence[Path]) -> list[Directory]:
-    """The runs, SimCLR's first, then GIM's, then LoCo's; named after their method and what else they differ in."""
-    found = [(path, read_json(path / "run.json", "a run of pretrain.py")) for path in paths]
+def named(found: Sequence[tuple[Path, dict[str, Any]]]) -> list[Directory]:
+    """Runs by their paths and settings: SimCLR's, GIM's, LoCo's, others; named after the method and what else differs."""
     differing = [key for key in TOLD_APART_BY if len({str(settings.get(key)) for _, settings in found}) > 1]
 
     def label(settings: dict[str, Any]) -> str:
-        method = NAMES.get(settings["method"], str(settings["method"]))
-        return ", ".join([method, *(f"{key} {settings.get(key)}" for key in differing)])
+        method = NAMES.get(settings["method"], settings["method"])
+        return ", ".join([method, *(f"{key} {settings[key]}" for key in differing if key in settings)])
 
-    directories = [Directory(path, settings, label(settings)) for path, settings in found]
     order = list(NAMES)
-    return sorted(directories, key=lambda run: order.index(m) if (m := run.settings["method"]) in order else len(order))
+    runs = [Directory(path, settings, label(settings)) for path, settings in found]
+    return sorted(runs, key=lambda run: order.index(m) if (m := run.settings["method"]) in order else len(order))
 
 
-def read_json(path: Path, what: str) -> dict[str, Any]:
+def pretrained(paths: Sequence[Path]) -> list[Directory]:
+    return named([(path, read_json(path / "run.json", "a run of pretrain.py", "method")) for path in paths])
+
+
+def read_json(path: Path, what: str, key: str) -> dict[str, Any]:
+    """What a file says, which among other things is `key`."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as problem:
+        contents = json.loads(path.read_text())
+        contents[key]
+        return contents
+    except (OSError, ValueError, TypeError, KeyError) as problem:
         raise DataError(f"{path.parent} is not {what}: it has no {path.name}, or not one of its own") from problem
 
 
@@ -97,8 +103,7 @@ def save(args: argparse.Namespace, name: str, rows: Sequence[Any], draw: Callabl
 def losses(args: argparse.Namespace) -> None:
     """Figure 2."""
     rows = []
-    runs = labelled(args.runs)
-    for run in runs:
+    for run in pretrained(args.runs):
         log = read_log(run.path)
         if not log:
             raise DataError(f"{run.path} has no log.jsonl to draw from, or an empty one")
@@ -113,7 +118,7 @@ def losses(args: argparse.Namespace) -> None:
 def tsne(args: argparse.Namespace) -> None:
     """Figure 3: the paper has 500 validation images of ImageNet's first ten classes, and PResNet-50's 4096-d vectors."""
     points = []
-    for run in labelled(args.runs):
+    for run in pretrained(args.runs):
         given = dict.fromkeys(("arch", "weights")) | {"random": False, "run": run.path}
         encoder, images = chosen(argparse.Namespace(**vars(args) | given))
         images = images.holding_out(first_of_each_class(images.test_labels, args.classes, args.images))
@@ -138,7 +143,7 @@ def memory(args: argparse.Namespace) -> None:
     """Table 7: how much less than SimCLR's, by backbone."""
     rows = []
     for path in args.runs:
-        tables = read_json(path / "memory.json", "a directory that memory.py --out wrote")
+        tables = read_json(path / "memory.json", "a directory that memory.py --out wrote", "methods")
         setting = tables["setting"]
         for row in tables["methods"]:
             savings = row["peak_saving"], row["saved_saving"], row["saving_in_paper"]
@@ -149,15 +154,20 @@ def memory(args: argparse.Namespace) -> None:
 def stages(args: argparse.Namespace) -> None:
     """Accuracy over depth."""
     name, title = MEASURES[args.measure]
+    results = {path: read_json(path / name, "read out by that measure yet", "accuracy") for path in args.runs}
     readings = []
-    for run in labelled(args.runs):
-        results = read_json(run.path / name, "read out yet by that measure")
-        accuracy = results["accuracy"]
-        if isinstance(accuracy, dict):
-            accuracy = accuracy.get("20", next(iter(accuracy.values())))
-        for depth, (stage, value) in enumerate(zip(results["stages"], accuracy, strict=True)):
+    for run in named([(path, read["run"] or not_of_a_run(read)) for path, read in results.items()]):
+        read = results[run.path]
+        accuracy = read["accuracy"]["20"] if args.measure == "knn" else read["accuracy"]
+        for depth, (stage, value) in enumerate(zip(read["stages"], accuracy, strict=True)):
             readings.append(Reading(run.label, str(run.path), run.settings.get("seed"), depth, stage, value))
     save(args, "stages", readings, partial(draw_stages, readings, title))
+
+
+def not_of_a_run(results: dict[str, Any]) -> dict[str, Any]:
+    """The settings of an encoder that linear_eval.py was given by `--random` or `--weights`."""
+    method = "random start" if "-random-" in results["encoder"] else results["encoder"]
+    return {"method": method, **{key: results[key] for key in ("arch", "seed")}}
 
 
 # ----------------------------------------------------------------------------------------------------------- arguments
