@@ -243,6 +243,14 @@ def test_a_wrong_argument_is_one_line(
     assert re.fullmatch(message, error_of([*argv.split(), *out], capsys))
 
 
+def test_images_too_large_for_memory_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for part in ("train", "val"):
+        (tmp_path / part / "dark").mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / part / "dark/0.png")
+    line = error_of(["--data", "imagenet", "--data-dir", str(tmp_path), "--out", str(tmp_path / "out")], capsys)
+    assert re.fullmatch("imagenet is too large for the quickstart's memory: take a smaller one, or --image-size", line)
+
+
 def test_a_download_that_fails_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
