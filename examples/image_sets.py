@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image
@@ -48,6 +48,10 @@ class Images:
     def classes(self) -> int:
         return int(max(self.train_labels.max(), self.test_labels.max())) + 1
 
+    def holding_out(self, indices: Tensor) -> Images:
+        """The same data set with only these of the images held out."""
+        return replace(self, test=self.test[indices], test_labels=self.test_labels[indices])
+
 
 @dataclass(frozen=True)
 class Folder:
@@ -64,6 +68,11 @@ class Folder:
     @property
     def classes(self) -> int:
         return int(max(self.train_labels.max(), self.test_labels.max())) + 1
+
+    def holding_out(self, indices: Tensor) -> Folder:
+        """The same data set with only these of the images held out."""
+        paths = [self.test_paths[i] for i in indices.tolist()]
+        return replace(self, test_paths=paths, test_labels=self.test_labels[indices])
 
     def read(self, part: str, index: int) -> Tensor:
         """One image of "train" or "test" as it is in its file, uint8 RGB `(3, H, W)`."""
