@@ -184,7 +184,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return finish(parser(), run, argv)
+    return finish(parser(), run, argv, "stopped; the paper's protocol goes on with --resume")
 
 
 if __name__ == "__main__":
