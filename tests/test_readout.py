@@ -391,6 +391,11 @@ def test_weights_of_another_architecture_are_one_line(finished: Path, capsys: py
     assert re.search("holds weights of another architecture than small", line)
 
 
+def test_a_learning_rate_of_nothing_is_one_line(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = error_of(linear_eval, finished, "--lr", "0", capsys=capsys)
+    assert line == "argument --lr: expected a number above 0, got '0'"
+
+
 def test_a_damaged_checkpoint_is_one_line(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (finished / "linear_eval-paper.pt").write_text("no checkpoint")
     line = error_of(linear_eval, finished, "--protocol", "paper", "--resume", capsys=capsys)
