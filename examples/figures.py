@@ -57,7 +57,7 @@ class Directory:
 
 def named(found: Sequence[tuple[Path, dict[str, Any]]]) -> list[Directory]:
     """Runs by their paths and settings: SimCLR's, GIM's, LoCo's, others; named after the method and what else differs."""
-    differing = [key for key in TOLD_APART_BY if len({str(settings.get(key)) for _, settings in found}) > 1]
+    differing = [key for key in TOLD_APART_BY if len({str(s[key]) for _, s in found if key in s}) > 1]
 
     def label(settings: dict[str, Any]) -> str:
         method = NAMES.get(settings["method"], settings["method"])

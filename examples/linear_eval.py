@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from backbones import stage_features
-from command_line import Parser, at_least, write
+from command_line import Parser, at_least, number_from, write
 from encoders import Encoder, about, add_arguments, chosen, vectors
 from evaluate import logistic_regression
 from image_sets import DataError, Folder, Images
@@ -155,7 +155,13 @@ def parser() -> Parser:
         "--per-stage", action=argparse.BooleanOptionalAction, default=True, help="all stages, or the top one only (all)"
     )
     add("--epochs", type=at_least(1), default=100, metavar="N", help="of the paper's protocol (%(default)s)")
-    add("--lr", type=float, default=30.0, help="of the paper's protocol, at batch 256 (%(default)g)")
+    add(
+        "--lr",
+        type=number_from(0, above=True),
+        default=30.0,
+        metavar="LR",
+        help="of the paper's protocol, at batch 256 (%(default)g)",
+    )
     add(
         "--resume",
         action="store_true",
@@ -184,7 +190,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return finish(parser(), run, argv)
+    return finish(parser(), run, argv, "stopped; the paper's protocol goes on with --resume")
 
 
 if __name__ == "__main__":

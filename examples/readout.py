@@ -16,7 +16,9 @@ from rich.console import Console
 from rich.table import Table
 
 
-def finish(arguments: Parser, run: Callable[[argparse.Namespace], None], argv: list[str] | None) -> int:
+def finish(
+    arguments: Parser, run: Callable[[argparse.Namespace], None], argv: list[str] | None, stopped: str = "stopped"
+) -> int:
     """Run a script and return its exit status; what goes wrong is said in one line."""
     args = arguments.parse_args(argv)
     try:
@@ -26,7 +28,7 @@ def finish(arguments: Parser, run: Callable[[argparse.Namespace], None], argv: l
     except OSError as problem:
         arguments.error(f"cannot read or write {problem.filename or args.out}: {problem.strerror or problem}")
     except KeyboardInterrupt:
-        print("\nstopped; the paper's protocol goes on with --resume", file=sys.stderr)
+        print(f"\n{stopped}", file=sys.stderr)
         return 130
     return 0
 

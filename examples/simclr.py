@@ -24,8 +24,8 @@ class Draws:
 
     flipped: Tensor  # (N,) bool
     jittered: Tensor  # (N,) bool
-    order: Tensor  # (N, 4): the place in the order of brightness, contrast, saturation, hue
-    factors: Tensor  # (N, 4) of these
+    order: Tensor  # (N, 4): which change comes first, second, ...; of brightness, contrast, saturation, hue
+    factors: Tensor  # (N, 4) of these, by their numbers
     greyed: Tensor  # (N,) bool
     blurred: Tensor  # (N,) bool
     sigmas: Tensor  # (N,)

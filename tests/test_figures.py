@@ -221,7 +221,7 @@ def test_neighbours_and_encoders_of_no_run_are_drawn_too(tmp_path: Path) -> None
     results = json.loads((run / "knn_eval.json").read_text()) | {"run": {}, "encoder": "pixels-random-0"}
     (tmp_path / "random/knn_eval.json").write_text(json.dumps(results))
     rows = drawn("stages", tmp_path / "random", run, "--measure", "knn", out=tmp_path / "out")
-    assert [row["method"] for row in rows[::4]] == ["LoCo, decoder conv", "random start"]
+    assert [row["method"] for row in rows[::4]] == ["LoCo", "random start"]
     assert float(rows[0]["accuracy"]) == 0.5
 
 

@@ -18,6 +18,7 @@ pytest.importorskip("sklearn", reason="the examples need the extra `examples`")
 pytest.importorskip("rich")
 pytest.importorskip("tqdm")
 
+from PIL import Image
 from torch import Tensor, nn
 from torchvision.models import ResNet18_Weights, WeightsEnum, resnet18
 
@@ -27,6 +28,7 @@ sys.path.insert(0, str(ROOT / "examples"))
 import backbones  # noqa: E402
 import encoders  # noqa: E402
 import evaluate  # noqa: E402
+import image_folders  # noqa: E402
 import images  # noqa: E402
 import knn_eval  # noqa: E402
 import linear_eval  # noqa: E402
@@ -261,6 +263,21 @@ def test_neighbours_vote_at_every_stage(finished: Path, capsys: pytest.CaptureFi
     assert "k = 200" in capsys.readouterr().out
 
 
+def test_images_too_large_for_memory_are_read_out_from_their_files(
+    finished: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrays = np.load(tiny)
+    for part, folder in (("train", "train"), ("test", "val")):
+        for i, (pixels, label) in enumerate(zip(arrays[f"x_{part}"], arrays[f"y_{part}"], strict=True)):
+            (tmp_path / "photos" / folder / str(label)).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(tmp_path / "photos" / folder / str(label) / f"{i:02}.png")
+    monkeypatch.setattr(image_folders, "MEMORY", 0)
+    argv = [finished, "--data", tmp_path / "photos", "--batch-size", "16"]
+    assert linear(*argv)["accuracy"][0] > 0.9
+    assert linear(*argv, "--protocol", "paper", "--epochs", "20", "--workers", "1")["accuracy"][0] > 0.9
+    assert knn_eval.main([*map(str, argv), "--device", "cpu"]) == 0
+
+
 # ------------------------------------------------------------------------------------------ where encoders come from
 
 
@@ -372,6 +389,11 @@ def test_weights_of_another_architecture_are_one_line(finished: Path, capsys: py
     torch.save(resnet18().state_dict(), finished / "backbone.pt")
     line = error_of(linear_eval, finished, capsys=capsys)
     assert re.search("holds weights of another architecture than small", line)
+
+
+def test_a_learning_rate_of_nothing_is_one_line(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = error_of(linear_eval, finished, "--lr", "0", capsys=capsys)
+    assert line == "argument --lr: expected a number above 0, got '0'"
 
 
 def test_a_damaged_checkpoint_is_one_line(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
