@@ -153,8 +153,13 @@ class LocalPass:
                 del self._segments[stage]
 
     def _push(self, segment: Segment, box: list[Tensor], inlet: Tensor | None) -> list[Tensor]:
+        """The last backward through a segment, which lets go of its outlet: what is recomputed may not need it."""
         assert self._sink is not None or not box
-        return self._sink.push(segment.seed(box), segment.weights, inlet) if self._sink is not None and box else []
+        if self._sink is None or not box:
+            return []
+        root = segment.seed(box)
+        del segment.outlet
+        return self._sink.push(root, segment.weights, inlet)
 
 
 def _autocast_off(device: str) -> AbstractContextManager[object]:
