@@ -3,6 +3,7 @@
 from locallearn.decoders import ConvMLPDecoder, MLPDecoder, TokenDecoder
 from locallearn.losses import InfoNCE, info_nce
 from locallearn.plan import Plan, Unit
+from locallearn.planning import StagePlan, plan_stages
 from locallearn.schedules import fused, sequential
 from locallearn.sharing import Hard, Soft, UpperOnly
 from locallearn.wrapper import LocalWrapper
@@ -17,10 +18,12 @@ __all__ = [
     "MLPDecoder",
     "Plan",
     "Soft",
+    "StagePlan",
     "TokenDecoder",
     "Unit",
     "UpperOnly",
     "fused",
     "info_nce",
+    "plan_stages",
     "sequential",
 ]

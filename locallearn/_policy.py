@@ -32,7 +32,7 @@ def runs(backbone: nn.Module, cuts: Sequence[str], policy: Policy, batch: Tensor
     found: dict[Run, None] = {}
     for choice in policy if isinstance(policy, tuple) else (policy,):
         if isinstance(choice, bool):
-            chosen = _natural(backbone, cuts, links(backbone, batch)) if choice else []
+            chosen = natural(backbone, cuts, links(backbone, batch)) if choice else []
         elif callable(choice):
             wanted = partial(_is_a, choice) if isinstance(choice, type) else choice
             chosen = [(name,) for name, module in backbone.named_modules() if name and wanted(module)]
@@ -59,7 +59,7 @@ def _is_a(kind: type[nn.Module], module: nn.Module) -> bool:
     return isinstance(module, kind)
 
 
-def _natural(backbone: nn.Module, cuts: Sequence[str], chain: Sequence[Link]) -> list[Run]:
+def natural(backbone: nn.Module, cuts: Sequence[str], chain: Sequence[Link]) -> list[Run]:
     """Every block with submodules by itself; simple layers together with the convolution or linear layer before them."""
     found: list[Run] = [()]
     for link in chain:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from locallearn.decoders import ConvMLPDecoder
 from locallearn.distributed import world_size
 from locallearn.losses import InfoNCE
 from locallearn.plan import Plan
+from locallearn.planning import plan_stages, sixty_four
 from locallearn.schedules import Schedule, sequential
 from locallearn.schedules.actions import check
 from locallearn.sharing import Hard, Sharing
@@ -42,7 +43,8 @@ class LocalWrapper(nn.Module):
     Args:
         model: any backbone; it is trained in place, and carries hooks only while a local pass runs.
         stages: the submodules after which a stage ends, in the order in which they run: names (dotted ones too), the
-            modules themselves, or, for an ``nn.Sequential``, child indices.
+            modules themselves, or, for an ``nn.Sequential``, child indices. ``"auto"`` picks four (as many as ``plan`` has)
+            by :func:`locallearn.plan_stages`, for the lowest peak of 64 inputs as large as ``example``.
         overlap: how many stages neighbouring units share.
         decoder: ``decoder(width)`` makes a unit's decoder for an outlet of that many channels; or a list of modules, one
             per unit. See :mod:`locallearn.decoders`.
@@ -87,7 +89,7 @@ class LocalWrapper(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        stages: Sequence[str] | Sequence[int] | Sequence[nn.Module],
+        stages: Sequence[str] | Sequence[int] | Sequence[nn.Module] | Literal["auto"],
         overlap: int = 1,
         decoder: Decoder = ConvMLPDecoder,
         *,
@@ -110,6 +112,10 @@ class LocalWrapper(nn.Module):
         if channel_axis not in (None, 1, -1):
             raise ValueError(f"channel_axis is 1, -1 or None; got {channel_axis}")
         refuse_compiled(model)
+        if stages == "auto":
+            stages = _automatic(
+                model, plan or (sharing or Hard()).plan(4, overlap), decoder, checkpoint, example, channel_axis
+            )
         self.stages = find(model, stages)
         self.sharing = Hard() if sharing is None else sharing
         self.plan = self.sharing.plan(len(self.stages), overlap) if plan is None else plan
@@ -211,3 +217,14 @@ class LocalWrapper(nn.Module):
             self.penalty = None if penalty is None else penalty.detach()
             if sink is not None and penalty is not None and penalty.requires_grad:
                 sink.push(penalty if grad_scale is None else penalty * grad_scale, leaves(penalty), None)
+
+
+def _automatic(
+    model: nn.Module, plan: Plan, decoder: Decoder, checkpoint: Policy, example: Any, axis: int | None
+) -> tuple[str, ...]:
+    if not callable(decoder) or isinstance(decoder, nn.Module):
+        raise TypeError(f"stages='auto' needs a decoder= that makes a module from a width; got {decoder!r}")
+    overlap = max(unit.last - unit.first for unit in plan.units)
+    batch = sixty_four(model, example)
+    chosen = plan_stages(model, batch, plan.stages, overlap, decoder=decoder, checkpoint=checkpoint, channel_axis=axis)
+    return chosen.stages

@@ -13,6 +13,9 @@ PACKAGE = Path(locallearn.__file__).parent
 LAYERS = [  # what stands further down may not import what stands above it, or beside it
     {"__init__"},
     {"wrapper"},
+    {"planning"},
+    {"_predict"},
+    {"_pieces"},
     {"_engine", "_attach", "_policy"},
     {"_chain"},
     {"_shapes", "measure"},
@@ -67,11 +70,13 @@ def test_the_public_names_are_exactly_these() -> None:
         "MLPDecoder",
         "Plan",
         "Soft",
+        "StagePlan",
         "TokenDecoder",
         "Unit",
         "UpperOnly",
         "fused",
         "info_nce",
+        "plan_stages",
         "sequential",
     }
     assert all(hasattr(locallearn, name) for name in locallearn.__all__)
