@@ -4,6 +4,7 @@ from locallearn.decoders import ConvMLPDecoder, MLPDecoder, TokenDecoder
 from locallearn.losses import InfoNCE, info_nce
 from locallearn.plan import Plan, Unit
 from locallearn.planning import StagePlan, plan_stages
+from locallearn.reporting import MemoryReport, memory_report
 from locallearn.schedules import fused, sequential
 from locallearn.sharing import Hard, Soft, UpperOnly
 from locallearn.wrapper import LocalWrapper
@@ -16,6 +17,7 @@ __all__ = [
     "InfoNCE",
     "LocalWrapper",
     "MLPDecoder",
+    "MemoryReport",
     "Plan",
     "Soft",
     "StagePlan",
@@ -24,6 +26,7 @@ __all__ = [
     "UpperOnly",
     "fused",
     "info_nce",
+    "memory_report",
     "plan_stages",
     "sequential",
 ]

@@ -59,10 +59,15 @@ class Piece(NamedTuple):
 
 def fake_copy(model: nn.Module) -> tuple[nn.Module, FakeTensorMode]:
     """``model`` without its numbers, which costs no memory and no computation."""
-    modes = [tensor.fake_mode for tensor in model.parameters() if isinstance(tensor, FakeTensor)]
-    mode: FakeTensorMode = modes[0] if modes else FakeTensorMode()
+    mode = fake_mode(model)
     with FakeCopyMode(mode):
         return deepcopy(model), mode
+
+
+def fake_mode(model: nn.Module) -> FakeTensorMode:
+    """The mode in which ``model`` lives, or a new one."""
+    modes = [tensor.fake_mode for tensor in model.parameters() if isinstance(tensor, FakeTensor)]
+    return modes[0] if modes else FakeTensorMode()
 
 
 def places(model: nn.Module, batch: Tensor, checkpoint: Policy) -> list[Link]:
@@ -113,8 +118,8 @@ def weigh(
         forward, kept, spent = max(live.history[before:]) - start, live.history[-1] - start, flops.total - counted
         size = output.untyped_storage().nbytes()
         pull, push, weights = _backward(live, output, inlet)
-        train, decoding = (0.0, 0) if decoder is None else _train(live, flops, output.detach(), decoder, axis)
-        sizes = (size, kept, forward, max(pull - start, kept), push - start, train)
+        takes, decoding = (0.0, 0) if decoder is None else _train(output.detach(), decoder, axis)
+        sizes = (size, kept, forward, max(pull - start, kept), push - start, takes)
         pieces.append(Piece(ends[stage].end, output.shape, spent, *sizes, decoding, weights))
         inlet, handed_on = cut(output, differentiable=True)
         before, counted = len(live.history) - 1, flops.total
@@ -147,29 +152,26 @@ def _backward(live: LiveBytes, outlet: Tensor, inlet: Tensor | None) -> tuple[in
     return pull, _peak(live, last), sum(weight.numel() for weight in segment.weights)
 
 
-def _train(
-    live: LiveBytes,
-    flops: Flops,
-    features: Tensor,
-    decoder: Callable[[int], nn.Module],
-    axis: int | None,
-) -> tuple[float, int]:
-    """The most bytes that a decoder on ``features`` takes, and the FLOPs of its forward."""
+def _train(features: Tensor, decoder: Callable[[int], nn.Module], axis: int | None) -> tuple[float, int]:
     try:
         (module,) = attach(decoder, Plan(1, [Unit(0, 0)]), Hard(), [Outlet(features, None)], axis, features.dtype)
     except ValueError:
         return inf, 0
-    for weight in module.parameters():
+    return train(module, features)
+
+
+def train(decoder: nn.Module, features: Tensor) -> tuple[int, int]:
+    """The most bytes that a decoder on ``features`` takes beside them, and the FLOPs of its forward."""
+    spent = 0
+    for weight in decoder.parameters():
         weight.grad = torch.zeros_like(weight)
-    start, counted, spent = live.history[-1], flops.total, 0
-
-    def both() -> None:
-        nonlocal spent
-        leaf, read = cut(features.requires_grad_(), differentiable=True)
-        value = torch.stack([part.square().sum() for part in tree_leaves(module(read))]).sum()
+    leaf, read = cut(features.requires_grad_(), differentiable=True)
+    assert leaf is not None
+    with Flops() as flops, LiveBytes() as live:
+        outputs = tree_leaves(decoder(read))
         del read
-        spent = flops.total - counted
-        assert leaf is not None
-        Accumulate().push(value, list(module.parameters()), leaf)
-
-    return _peak(live, both) - start, spent
+        spent = flops.total
+        root = torch.stack([output.square().sum() for output in outputs if isinstance(output, Tensor)]).sum()
+        del outputs
+        Accumulate().push(root, list(decoder.parameters()), leaf)
+    return max(live.history), spent

@@ -12,6 +12,7 @@ import locallearn
 PACKAGE = Path(locallearn.__file__).parent
 LAYERS = [  # what stands further down may not import what stands above it, or beside it
     {"__init__"},
+    {"reporting"},
     {"wrapper"},
     {"planning"},
     {"_predict"},
@@ -68,6 +69,7 @@ def test_the_public_names_are_exactly_these() -> None:
         "InfoNCE",
         "LocalWrapper",
         "MLPDecoder",
+        "MemoryReport",
         "Plan",
         "Soft",
         "StagePlan",
@@ -76,6 +78,7 @@ def test_the_public_names_are_exactly_these() -> None:
         "UpperOnly",
         "fused",
         "info_nce",
+        "memory_report",
         "plan_stages",
         "sequential",
     }
