@@ -75,10 +75,9 @@ class Flops(TorchDispatchMode):
 
 def _convolution_backward(grad: Tensor, images: Tensor, weight: Tensor, *args: Any) -> int:
     """Either gradient costs what the forward did. torch's formula takes a grouped convolution's weight for a dense one."""
-    transposed, for_images, for_weight = args[4], *args[7][:2]
-    flops: int = conv_flop_count(list(images.shape), list(weight.shape), list(grad.shape), transposed)
-    gradients: int = for_images + for_weight
-    return flops * gradients
+    transposed, (to_images, to_weight, _) = args[4], args[7]
+    flops = conv_flop_count(list(images.shape), list(weight.shape), list(grad.shape), transposed)
+    return flops * (int(to_images) + int(to_weight))
 
 
 class LiveBytes(TorchDispatchMode):
