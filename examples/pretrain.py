@@ -103,7 +103,8 @@ def train(args: argparse.Namespace, processes: Processes, images: Images, traini
                 if model.penalty is not None:
                     line["penalty"] = model.penalty.item()
                 progress.record(line)
-                for problem in watch.judge(std):
+                settled = training.step > args.warm_up * (count // args.batch_size)  # at random, a deep net says little
+                for problem in watch.judge(std if settled else [1.0] * units):
                     progress.warn(f"step {training.step}: {problem}")
 
             due = args.checkpoint_every.due(training.step, time.perf_counter() - saved)

@@ -16,12 +16,12 @@ from torchvision.models.resnet import BasicBlock
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
-import images  # noqa: E402
-import methods  # noqa: E402
-from backbones import ARCHITECTURES, Architecture  # noqa: E402
-from tiny_pretrain import TINY, Tiny  # noqa: E402
+import images
+import methods
+from backbones import ARCHITECTURES, Architecture
+from tiny_pretrain import TINY, Tiny
 
-from locallearn import LocalWrapper, Soft  # noqa: E402
+from locallearn import LocalWrapper, Soft
 
 RESNET = ARCHITECTURES["resnet18"]
 
@@ -148,7 +148,7 @@ def test_a_row_that_does_not_exist_is_refused(overlap: int, sharing: str, messag
 
 
 def test_blocks_that_are_a_whole_stage_are_refused() -> None:
-    with pytest.raises(images.DataError, match="--sharing first-2-blocks .*; layer2 has 2. .* is --sharing hard"):
+    with pytest.raises(images.DataError, match=r"--sharing first-2-blocks .*; layer2 has 2. .* is --sharing hard"):
         methods.scope(resnet18(), RESNET.stages, 1, "first-2-blocks")
 
 

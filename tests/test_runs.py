@@ -17,11 +17,11 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
-import images  # noqa: E402
-import runs  # noqa: E402
-from backbones import ARCHITECTURES  # noqa: E402
-from norms import by_groups  # noqa: E402
-from tiny_pretrain import TINY, Tiny  # noqa: E402
+import images
+import runs
+from backbones import ARCHITECTURES
+from norms import by_groups
+from tiny_pretrain import TINY, Tiny
 
 SETTINGS = {"arch": "tiny", "image_size": 12, "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.5, 0.5], "norm": "batch"}
 
