@@ -30,14 +30,14 @@ import torch
 from backbones import ARCHITECTURES
 from collapse import DivergedError, Watch
 from command_line import Parser, at_least, device, number_from
-from draws import Draws, seed_of
+from draws import DROPOUT, Draws, seed_of
 from images import NAMES, DataError, Images, load
 from interrupt import interruptible
 from loading import view_batches
 from methods import DECODERS, DEPTHS, LOSSES, METHODS, SHARINGS, overlap_of
 from optimisers import RECIPES
 from processes import Processes
-from progress import Progress
+from progress import Progress, summary_writer
 from runs import (
     FORMATS,
     UNREADABLE,
@@ -85,7 +85,8 @@ def train(args: argparse.Namespace, processes: Processes, images: Images, traini
             for micro_batch in range(args.accumulate):
                 views, labels = next(batches)
                 views = [view.contiguous(memory_format=torch.channels_last) for view in views]
-                torch.manual_seed(seed_of(args.seed, training.step, processes.rank))  # for dropout, where there is any
+                part = processes.rank * args.accumulate + micro_batch
+                torch.manual_seed(seed_of(args.seed, training.step, DROPOUT + part))
                 last = micro_batch == args.accumulate - 1
                 seen.append(local_gradients(args, training, parallel, views, labels, last))
             lr = training.update()
@@ -112,6 +113,10 @@ def train(args: argparse.Namespace, processes: Processes, images: Images, traini
                 training.seconds = progress.seconds
                 save_checkpoint(args.out, training.step, training.state())
                 saved = time.perf_counter()
+    if not watch.healthy:
+        raise DivergedError(
+            f"the losses of step {training.step} are not finite; the checkpoint before is in {args.out}"
+        )
     return training.step == steps
 
 
@@ -128,11 +133,15 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
     )
     complete(args, processes, images)
     steps = args.epochs * (len(images.train_labels) // args.batch_size)
-    training = new_training(args, images.size, steps)
     settings = settings_of(args, processes, images)
     if is_finished(args, settings):
-        print(f"{args.out} is finished")
+        if processes.leads:
+            print(f"{args.out} is finished")
         return 0
+    try:
+        training = new_training(args, images.size, steps)
+    except ValueError as problem:
+        raise DataError(f"{args.arch} cannot be trained so: {problem}") from problem
     checkpoint = newest_checkpoint(args.out)
     if checkpoint is not None:
         try:
@@ -158,7 +167,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
             return 0
     if not came_to_the_end:
         again = shlex.join(["python", "examples/pretrain.py", *argv, *([] if args.resume else ["--resume", "auto"])])
-        print(f"\nstopped after step {training.step} of {steps}; go on with: {again}", file=sys.stderr)
+        print(f"\nstopped and saved after step {training.step} of {steps}; go on with: {again}", file=sys.stderr)
         return 130
     path = save_backbone(args.out, training.model.backbone, args.format)
     speed = steps * args.batch_size / training.seconds
@@ -192,6 +201,8 @@ def complete(args: argparse.Namespace, processes: Processes, images: Images) -> 
         )
     if args.sync_bn and (args.device.type != "cuda" or args.norm != "batch"):
         raise DataError("--sync-bn is for BatchNorm on GPUs; --norm group needs no synchronising and runs anywhere")
+    if args.tensorboard:
+        summary_writer()
     recipe = RECIPES[args.optimizer]
     args.lr = recipe.lr * args.batch_size / 256 if args.lr is None else args.lr
     args.weight_decay = recipe.weight_decay if args.weight_decay is None else args.weight_decay
@@ -227,8 +238,6 @@ def settings_of(args: argparse.Namespace, processes: Processes, images: Images) 
 
 def about(args: argparse.Namespace, training: Training) -> dict[str, Any]:
     """What else is worth knowing of a run."""
-    here = Path(__file__).parent
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
     gpu = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else "cpu"
     return {
         "data_dir": str(args.data_dir),
@@ -239,8 +248,18 @@ def about(args: argparse.Namespace, training: Training) -> dict[str, Any]:
             "python": platform.python_version(),
         },
         "machine": f"{gpu}, {torch.get_num_threads()} threads, {platform.machine()}",
-        "commit": git.stdout.strip() or None,
+        "commit": commit(),
     }
+
+
+def commit() -> str | None:
+    """Of this repository, with "-dirty" after it where files were changed; `None` where there is none."""
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        found = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()
 
 
 def is_finished(args: argparse.Namespace, settings: dict[str, Any]) -> bool:
@@ -363,6 +382,9 @@ def main(argv: list[str] | None = None) -> int:
         message = str(problem)
     except OSError as problem:
         message = f"cannot read or write {problem.filename or args.out}: {problem.strerror or problem}"
+    except KeyboardInterrupt:
+        print("\nstopped; --resume auto goes on from the last checkpoint, if there is one", file=sys.stderr)
+        return 130
     if Processes.of_torchrun().leads:  # it says it for all
         arguments.error(message)
     return 2
