@@ -18,7 +18,7 @@ class Recipe(NamedTuple):
 RECIPES = {
     "lars": Recipe(0.3, 1e-6),  # SimCLR's, and the paper's
     "sgd": Recipe(0.06, 1e-6),
-    "adamw": Recipe(1e-3, 1e-2),
+    "adamw": Recipe(2e-3, 1e-2),
 }
 MOMENTUM = 0.9
 

@@ -35,6 +35,7 @@ import interrupt  # noqa: E402
 import norms  # noqa: E402
 import optimisers  # noqa: E402
 import pretrain  # noqa: E402
+import pretrain_options  # noqa: E402
 import processes  # noqa: E402
 import progress  # noqa: E402
 import runs  # noqa: E402
@@ -112,7 +113,7 @@ def test_a_run_leaves_its_settings_log_and_weights(
     printed = capsys.readouterr().out
     assert "unit 0        #  #\nunit 1           #  #\n" in printed
     assert re.search(
-        rf"\| loco \| tiny \| conv \| hard \| 3 \| .*\nwrote {out}/backbone.pt; .*linear_eval.py {out}\n$", printed
+        rf"\| loco \| tiny \| conv \| hard \| 3 \| .* \|\nwrote {out}/backbone.pt; .*linear_eval.py {out}\n$", printed
     )
     log = runs.read_log(out)
     assert [line["step"] for line in log] == [*range(1, 10)]
@@ -359,7 +360,7 @@ def test_draws_are_permutations_that_start_anywhere() -> None:
 def gradients(views: list[list[Tensor]], amp: str = "off", loss: str = "nt-xent") -> dict[str, Tensor]:
     """Of one step whose micro-batches are `views`, unscaled."""
     device = torch.device("cpu")
-    args = pretrain.parser().parse_args(["--arch", "tiny", "--norm", "group", "--amp", amp, "--decoder", "mlp"])
+    args = pretrain_options.parser().parse_args(["--arch", "tiny", "--norm", "group", "--amp", amp, "--decoder", "mlp"])
     args.device, args.overlap, args.accumulate, args.lr, args.weight_decay, args.warm_up = (
         device,
         1,
