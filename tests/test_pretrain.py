@@ -666,6 +666,18 @@ def test_a_run_is_neither_overwritten_nor_resumed_with_other_settings(
     assert line == f"{out} holds a run with other settings: seed 0, not 4"
 
 
+def test_a_checkpoint_of_another_architecture_is_one_line(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    argv = arguments(data, out)
+    interrupted_after(2, monkeypatch, argv)
+    runs.save_checkpoint(out, 3, {"step": 3, "seconds": 1.0, "backbone": nn.Linear(2, 2).state_dict()})
+    capsys.readouterr()
+    line = error_of([*argv, "--resume", "auto"], capsys)
+    assert line == f"the newest checkpoint of {out} is not one of this run"
+
+
 def test_more_processes_than_images_of_a_batch_is_one_line_of_the_first_process(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -112,17 +112,22 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
     assert runs.newest_checkpoint(tmp_path)["step"] == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"warning: {newest} is damaged (")
+    (tmp_path / "checkpoint-00000001.pt").write_bytes(b"")
+    with pytest.raises(images.DataError, match=f"every checkpoint in {tmp_path} is damaged; delete them to start anew"):
+        runs.newest_checkpoint(tmp_path)
 
 
 def test_a_checkpoint_that_was_being_written_is_none(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-00000007.pt.unfinished").write_bytes(b"half of")
     assert runs.newest_checkpoint(tmp_path) is None
+    runs.save_checkpoint(tmp_path, 8, {"step": 8})
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-00000008.pt"]
 
 
 def test_what_is_no_run_is_refused_in_one_line(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "nowhere"):
         assert refusal(path).endswith(
-            f"{tmp_path} holds no run of pretrain.py: there is no {tmp_path}/run.json that can be read"
+            f"{tmp_path} is no run of pretrain.py: there is no {tmp_path}/run.json that can be read"
         )
     (tmp_path / "run.json").write_text("[1, 2]")
     assert "run.json is another program's" in refusal(tmp_path)
