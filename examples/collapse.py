@@ -53,7 +53,7 @@ class Watch:
 
     def __init__(self, units: int, device: torch.device) -> None:
         self._in_a_row = torch.zeros(units, dtype=torch.long, device=device)
-        self._warned: dict[int, str] = {}
+        self._known: set[tuple[int, str]] = set()
 
     def see(self, losses: Tensor) -> None:
         """Note a step's losses `(units,)`, without waiting for the device."""
@@ -65,18 +65,20 @@ class Watch:
         return not self._in_a_row.any()
 
     def judge(self, std: Sequence[float]) -> list[str]:
-        """What is wrong since the last call, a line each; `DivergedError` where it has been for several steps."""
+        """A line for each unit that has gone wrong since the last call, given each one's `spread`.
+
+        Raises `DivergedError` where a loss has not been finite for several steps.
+        """
         in_a_row = self._in_a_row.tolist()
-        lost = [unit for unit, steps in enumerate(in_a_row) if steps >= PATIENCE]
-        if lost:
+        if lost := [str(unit) for unit, steps in enumerate(in_a_row) if steps >= PATIENCE]:
             raise DivergedError(
-                f"the loss of unit {', '.join(map(str, lost))} has not been finite for {max(in_a_row)} steps in a row; "
+                f"the loss of unit {', '.join(lost)} has not been finite for {max(in_a_row)} steps in a row; "
                 "lower --lr, warm up for longer, or leave --amp away"
             )
-        wrong = {unit: f"unit {unit}: the loss is not finite" for unit, steps in enumerate(in_a_row) if steps}
-        for unit, value in enumerate(std):
-            if value < COLLAPSED:
-                wrong.setdefault(unit, f"unit {unit} collapses: its embeddings' std is {value:.3f} of an even spread's")
-        new = [line for unit, line in wrong.items() if unit not in self._warned]
-        self._warned = wrong
-        return new
+        wrong = {(unit, "its loss is not finite") for unit, steps in enumerate(in_a_row) if steps}
+        wrong |= {(unit, "it collapses") for unit, value in enumerate(std) if value < COLLAPSED}
+        new, self._known = wrong - self._known, wrong
+        return [
+            f"unit {unit}: {what} (std of its embeddings {std[unit]:.3f}, evenly spread 1)"
+            for unit, what in sorted(new)
+        ]

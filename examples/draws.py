@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-ORDER = 4098  # beyond every part of a batch: the number of the permutation's own seed
+DROPOUT = 2048  # added to a part of a batch where its seed is not for views: there are fewer than 2048 parts
+ORDER = 4098  # in a part's place: an epoch's permutation
 
 
-def seed_of(seed: int, step: int, part: int = 0) -> int:
+def seed_of(seed: int, step: int, part: int) -> int:
     """A seed of its own for every part of every step of every run of fewer than a million steps."""
     return (seed * 1_000_003 + step) * 4_099 + part
 

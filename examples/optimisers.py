@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from timm.optim import Lars
 from torch import nn, optim
 from torch.optim import lr_scheduler
 
@@ -19,7 +18,7 @@ class Recipe(NamedTuple):
 RECIPES = {
     "lars": Recipe(0.3, 1e-6),  # SimCLR's, and the paper's
     "sgd": Recipe(0.06, 1e-6),
-    "adamw": Recipe(1e-3, 1e-2),
+    "adamw": Recipe(2e-3, 1e-2),
 }
 MOMENTUM = 0.9
 
@@ -31,6 +30,8 @@ def optimizer(name: str, model: nn.Module, lr: float, weight_decay: float) -> op
     vectors = [weight for weight in trained if weight.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     if name == "lars":
+        from timm.optim import Lars  # takes seconds to import
+
         # timm adapts a group if it decays, or always; said for both, so that weights adapt without decay too
         adapts = [group | {"always_adapt": always} for group, always in zip(groups, (True, False), strict=True)]
         return Lars(adapts, lr=lr, momentum=MOMENTUM)

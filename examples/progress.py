@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,15 @@ def peak_bytes(device: torch.device) -> int:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def summary_writer() -> Callable[..., Any]:
+    """TensorBoard's. Raises `DataError` where it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as missing:
+        raise DataError("--tensorboard needs the package tensorboard: pip install tensorboard") from missing
+    return SummaryWriter
 
 
 class Progress:
@@ -54,7 +64,9 @@ class Progress:
         leads: bool = True,
     ) -> None:
         self._leads = leads
-        self._writer = _summary_writer(directory, first) if tensorboard and leads else None
+        self._writer: Any = None
+        if tensorboard and leads:
+            self._writer = summary_writer()(str(directory / "tensorboard"), purge_step=first)
         self._log = directory / "log.jsonl"
         self._bar = tqdm(total=total, initial=first, unit="step", dynamic_ncols=True, disable=not leads)
         self._batch_size, self._device = batch_size, device
@@ -98,11 +110,3 @@ class Progress:
         self._bar.close()
         if self._writer is not None:
             self._writer.close()
-
-
-def _summary_writer(directory: Path, first: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as missing:
-        raise DataError("--tensorboard needs the package tensorboard: pip install tensorboard") from missing
-    return SummaryWriter(str(directory / "tensorboard"), purge_step=first)

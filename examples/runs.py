@@ -50,9 +50,9 @@ def load(path: Path) -> Run:
     path = Path(path)
     directory = path if path.is_dir() else path.parent
     settings = read_settings(directory)
-    weights = _weights(path)
     if settings["arch"] not in ARCHITECTURES:
         raise DataError(f"{directory} trained {settings['arch']!r}; there are {', '.join(ARCHITECTURES)}")
+    weights = _weights(path)
     architecture = ARCHITECTURES[settings["arch"]]
     backbone = architecture.make(settings["image_size"])
     if settings.get("norm") == "group":
@@ -89,11 +89,13 @@ def _weights(path: Path) -> dict[str, Tensor]:
 
 def read_settings(directory: Path) -> dict[str, Any]:
     """What run.json says."""
+    path = directory / "run.json"
     try:
-        settings = json.loads((directory / "run.json").read_text())
-        assert {"arch", "image_size", "mean", "std"} <= settings.keys()
-    except (OSError, ValueError, AttributeError, AssertionError) as problem:
-        raise DataError(f"{directory} is no run of pretrain.py: it has no run.json, or not one of its own") from problem
+        settings = json.loads(path.read_text())
+    except (OSError, ValueError) as problem:
+        raise DataError(f"{directory} is no run of pretrain.py: there is no {path} that can be read") from problem
+    if not isinstance(settings, dict) or not {"arch", "image_size", "mean", "std"} <= settings.keys():
+        raise DataError(f"{directory} is no run of pretrain.py: {path} is another program's")
     return settings
 
 
@@ -113,17 +115,22 @@ def checkpoints(directory: Path) -> list[Path]:
 def save_checkpoint(directory: Path, step: int, state: dict[str, Any]) -> None:
     """Write checkpoint-STEP.pt, whole or not at all; keep the newest two."""
     write(directory / f"checkpoint-{step:08d}.pt", lambda path: torch.save(state, path))
-    for old in checkpoints(directory)[KEPT:]:
+    for old in [*checkpoints(directory)[KEPT:], *directory.glob("checkpoint-*.unfinished")]:
         old.unlink()
 
 
 def newest_checkpoint(directory: Path) -> dict[str, Any] | None:
-    """The newest one that is whole, on the CPU; each damaged one is named on stderr. `None` where there is none."""
+    """The newest one that is whole, on the CPU; each damaged one is named on stderr.
+
+    `None` where there never was one; where all are damaged, `DataError`.
+    """
     for path in checkpoints(directory):
         try:
             return read_checkpoint(path)
         except UNREADABLE as problem:
-            print(f"warning: {path} is damaged ({reason(problem)}); taking the one before it", file=sys.stderr)
+            print(f"warning: {path} is damaged ({reason(problem)}); trying the one before it", file=sys.stderr)
+    if checkpoints(directory):
+        raise DataError(f"every checkpoint in {directory} is damaged; delete them to start anew")
     return None
 
 
