@@ -14,6 +14,7 @@ from locallearn._cuts import find, refuse_compiled
 from locallearn._engine import LocalPass
 from locallearn._gradients import Accumulate, Collect, Sink
 from locallearn._objective import Loss, concatenated, registered, unit_loss, warn_of_fp16
+from locallearn._policy import Policy, runs
 from locallearn._segment import leaves
 from locallearn._shapes import example_batch, probe
 from locallearn.decoders import ConvMLPDecoder
@@ -50,6 +51,10 @@ class LocalWrapper(nn.Module):
         sharing: ``Hard()`` (default), ``UpperOnly()`` or ``Soft(coefficient)``: the rows of Table 5.
         plan: replaces ``overlap`` and ``sharing``.
         schedule: in what order the plan is carried out: ``sequential`` (least memory) or ``fused``.
+        checkpoint: what runs again in the backward instead of being kept: ``True`` for every block of the backbone and every
+            run of simple layers between blocks, such as the stem; a class of modules such as ``Bottleneck``, or a callable
+            ``module -> bool``; or a tuple of those, one inside of another too. Gradients, random numbers and BatchNorm's
+            statistics stay as they are without it.
         example: a batch that the backbone takes, to find the outlets' widths with; two 224-pixel RGB images by default.
         channel_axis: the axis of the outlets that holds the channels: 1 or -1. By default their shape tells, see
             :func:`locallearn._shapes.channel_axis`. Four-dimensional outlets with channels last reach the decoder with
@@ -90,6 +95,7 @@ class LocalWrapper(nn.Module):
         sharing: Sharing | None = None,
         plan: Plan | None = None,
         schedule: Schedule = sequential,
+        checkpoint: Policy = False,
         example: Tensor | Sequence[Tensor] | None = None,
         channel_axis: int | None = None,
     ) -> None:
@@ -116,6 +122,7 @@ class LocalWrapper(nn.Module):
         refuse_compiled(model, self.stages)
         outlets = probe(model, self.stages, batch)
         dtype = next((t.dtype for t in model.parameters() if t.is_floating_point()), torch.get_default_dtype())
+        self._runs = runs(model, self.stages, checkpoint, batch)
         self.decoders = attach(decoder, self.plan, self.sharing, outlets, channel_axis, dtype)
         self.loss = registered(InfoNCE() if loss is None else loss, len(self.plan.units))
         self._whole = [outlet.module is not None for outlet in outlets]
@@ -190,7 +197,7 @@ class LocalWrapper(nn.Module):
 
         actions = check(self.plan, self.schedule(self.plan))
         torch.clear_autocast_cache()  # a weight cast under no_grad before would be found there, without its graph
-        local = LocalPass(self.backbone, self.stages, self.plan, actions, evaluate, sink, grad_scale)
+        local = LocalPass(self.backbone, self.stages, self.plan, actions, evaluate, sink, grad_scale, self._runs)
         losses = torch.stack(local.run(batch))
         self.losses = losses
         self._train_penalty(sink, grad_scale)

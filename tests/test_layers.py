@@ -13,10 +13,11 @@ PACKAGE = Path(locallearn.__file__).parent
 LAYERS = [  # what stands further down may not import what stands above it, or beside it
     {"__init__", "models"},
     {"wrapper"},
-    {"_engine", "_attach"},
+    {"_engine", "_attach", "_policy"},
+    {"_chain"},
     {"_shapes", "measure"},
     {"sharing", "_cuts", "_isolation"},
-    {"schedules", "_segment", "_gradients", "_objective", "decoders", "losses"},
+    {"schedules", "_segment", "_recompute", "_gradients", "_objective", "decoders", "losses"},
     {"distributed"},
     {"plan"},
 ]
