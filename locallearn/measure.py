@@ -75,8 +75,9 @@ class _Flops(TorchDispatchMode):
 
 def _convolution_backward(grad: Tensor, images: Tensor, weight: Tensor, *args: Any) -> int:
     """Either gradient costs what the forward did. torch's formula takes a grouped convolution's weight for a dense one."""
-    transposed, output_mask = args[4], args[7]
-    flops: int = conv_flop_count(images.shape, weight.shape, grad.shape, transposed)
+    transposed: bool = args[4]
+    output_mask: list[bool] = args[7]
+    flops = conv_flop_count(list(images.shape), list(weight.shape), list(grad.shape), transposed)
     return flops * sum(output_mask[:2])
 
 
