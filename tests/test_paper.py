@@ -17,7 +17,7 @@ from locallearn.measure import Cost
 
 SIMCLR, END_TO_END = Method("SimCLR", None, block=False), Method("end-to-end, LoCo's decoder", None)
 GIM, LOCO = Method("GIM", 0), Method("LoCo", 1)
-RECOMPUTED_LOCO, RECOMPUTED_END_TO_END = Method("LoCo", 1, recompute=True), Method("", None, recompute=True)
+RECOMPUTED_LOCO, RECOMPUTED_END_TO_END = Method("LoCo", 1, checkpoint=True), Method("", None, checkpoint=True)
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +63,7 @@ def test_recomputing_blocks_multiplies_what_loco_saves() -> None:
     assert simclr >= 6 * loco.saved_bytes
     end_to_end = cost("presnet50", RECOMPUTED_END_TO_END)
     assert end_to_end.saved_bytes >= 2 * loco.saved_bytes
-    assert end_to_end.peak_bytes >= 1.4 * loco.peak_bytes
+    assert end_to_end.peak_bytes >= 1.2 * loco.peak_bytes
 
 
 def test_a_narrow_decoder_costs_little_computation() -> None:
