@@ -20,7 +20,11 @@ OPTIMIZERS = {
 
 def wrap(backbone: str, plan: str, checkpoint: bool) -> LocalWrapper:
     specimen = ZOO[backbone]
-    plans = {"overlap 0": Plan.windows(3, 0), "overlap 1": Plan.windows(3, 1), "lead-in": Plan.windows(3, 1, lead_in=True)}
+    plans = {
+        "overlap 0": Plan.windows(3, 0),
+        "overlap 1": Plan.windows(3, 1),
+        "lead-in": Plan.windows(3, 1, lead_in=True),
+    }
     return LocalWrapper(
         specimen.build(),
         specimen.stages[:3],
