@@ -16,7 +16,7 @@ from progress import summary_writer
 from runs import FORMATS
 from training import AMP
 
-DEFAULT_ARCH = "presnet_small" if "presnet_small" in ARCHITECTURES else "resnet18"
+DEFAULT_ARCH = "presnet_small"
 DIGITS = 32  # pixels a side: 8 leave nothing to stages that halve them
 
 RESULTS_DEPEND_ON = (
