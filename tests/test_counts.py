@@ -30,6 +30,7 @@ def count(overlap: int, checkpoint: bool) -> tuple[int, int, int]:
         return tuple(measure(lambda: model.local_step(*pair)))
 
 
+@pytest.mark.skipif(torch.__version__ < "2.15", reason="the numbers were counted with torch 2.15")
 @pytest.mark.parametrize(("overlap", "checkpoint"), COUNTS)
 def test_a_step_costs_exactly_this(overlap: int, checkpoint: bool) -> None:
     flops, peak, saved = COUNTS[overlap, checkpoint]
