@@ -20,10 +20,10 @@ from typing import Any
 import linear_eval
 import pretrain
 from command_line import Parser, at_least, write
-from images import DataError
+from drawing.picture import FAINT, GRID, INK, STYLE
+from inputs.images import DataError
 from matplotlib import rc_context
 from matplotlib.figure import Figure
-from picture import FAINT, GRID, INK, STYLE
 from rich.box import SIMPLE_HEAVY
 from rich.console import Console
 from rich.table import Table

@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from charts import Loss, Point, Reading, Saving, draw_losses, draw_memory, draw_stages, draw_tsne
 from command_line import Parser, at_least, device, write
-from encoders import chosen, vectors
-from image_sets import DataError
-from readout import finish
-from runs import read_log
+from drawing.charts import Loss, Point, Reading, Saving, draw_losses, draw_memory, draw_stages, draw_tsne
+from inputs.image_sets import DataError
+from pretraining.runs import read_log
+from reading.encoders import chosen, vectors
+from reading.readout import finish
 from sklearn.manifold import TSNE
 from torch import Tensor
 

@@ -11,9 +11,9 @@ import sys
 from dataclasses import replace
 
 from command_line import Parser, at_least
-from encoders import about, add_arguments, chosen, vectors
-from evaluate import knn
-from readout import finish, save, show
+from reading.encoders import about, add_arguments, chosen, vectors
+from reading.evaluate import knn
+from reading.readout import finish, save, show
 from tqdm import tqdm
 
 TEMPERATURE = 0.07

@@ -24,14 +24,14 @@ import torch
 import torch.nn.functional as F
 from backbones import stage_features
 from command_line import Parser, at_least, number_from, write
-from encoders import Encoder, about, add_arguments, chosen, vectors
-from evaluate import logistic_regression
-from image_sets import DataError, Folder, Images
-from loading import plain_batches, view_batches
-from readout import finish, save, show
+from inputs.image_sets import DataError, Folder, Images
+from inputs.loading import plain_batches, view_batches
+from inputs.views import crop_views
+from reading.encoders import Encoder, about, add_arguments, chosen, vectors
+from reading.evaluate import logistic_regression
+from reading.readout import finish, save, show
 from torch import Tensor, nn
 from tqdm import tqdm
-from views import crop_views
 
 MILESTONES = (0.3, 0.6, 0.9)  # of the epochs: where the learning rate is divided by 10
 

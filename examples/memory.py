@@ -30,14 +30,8 @@ from pathlib import Path
 
 import torch
 from command_line import Parser, at_least, write
-from matplotlib import rc_context
-from matplotlib.figure import Figure
-from paper_counts import StageCount, paper_counts, shares
-from picture import FAINT, METHODS, STYLE
-from rich.box import SIMPLE_HEAVY
-from rich.console import Console
-from rich.table import Table
-from step_costs import (
+from counting.paper_counts import StageCount, paper_counts, shares
+from counting.step_costs import (
     COUNTED,
     DECODER_WIDTHS,
     Method,
@@ -51,6 +45,12 @@ from step_costs import (
     predicted,
     size,
 )
+from drawing.picture import FAINT, METHODS, STYLE
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from rich.box import SIMPLE_HEAVY
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from tqdm import tqdm

@@ -27,15 +27,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from collapse import DivergedError, Watch
-from draws import DROPOUT, Draws, seed_of
-from images import DataError, Images, load
-from interrupt import interruptible
-from loading import view_batches
-from pretrain_options import DIGITS, RESULTS_DEPEND_ON, complete, parser
-from processes import Processes
-from progress import Progress
-from runs import (
+from inputs.images import DataError, Images, load
+from inputs.loading import view_batches
+from inputs.views import Views, grey_views, simclr_views
+from pretraining.collapse import DivergedError, Watch
+from pretraining.draws import DROPOUT, Draws, seed_of
+from pretraining.interrupt import interruptible
+from pretraining.pretrain_options import DIGITS, RESULTS_DEPEND_ON, complete, parser
+from pretraining.processes import Processes
+from pretraining.progress import Progress
+from pretraining.runs import (
     UNREADABLE,
     cut_log,
     newest_checkpoint,
@@ -45,10 +46,9 @@ from runs import (
     save_checkpoint,
     write_settings,
 )
+from pretraining.training import Training, local_gradients, new_training
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from training import Training, local_gradients, new_training
-from views import Views, grey_views, simclr_views
 
 import locallearn
 

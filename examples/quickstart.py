@@ -27,15 +27,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from command_line import Parser, at_least, device, write
-from evaluate import features, knn, linear_probe
-from images import NAMES, DataError, Images, load
-from picture import draw
+from drawing.picture import draw
+from inputs.images import NAMES, DataError, Images, load
+from inputs.views import Views, colour_views, grey_views
+from reading.evaluate import features, knn, linear_probe
 from rich.box import SIMPLE_HEAVY
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from tqdm import tqdm
-from views import Views, colour_views, grey_views
 
 import locallearn
 from locallearn import ConvMLPDecoder, LocalWrapper

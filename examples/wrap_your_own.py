@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from evaluate import features, linear_probe
-from images import load
+from inputs.images import load
+from inputs.views import grey_views
+from reading.evaluate import features, linear_probe
 from torch import Tensor, nn
-from views import grey_views
 
 from locallearn import ConvMLPDecoder, LocalWrapper
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +13,10 @@ import torch
 pytest.importorskip("matplotlib", reason="the examples need the extra `examples`")
 pytest.importorskip("rich")
 pytest.importorskip("sklearn")
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-
 import ablation
 import decoder_depth
-import methods
 import sharing
+from pretraining import methods
 
 TABLES = [decoder_depth.TABLE_4, sharing.TABLE_5]
 

@@ -92,7 +92,7 @@ def test_cuts_that_the_docs_advise_hold(backbone: str) -> None:
 def test_counted_figures_are_those_that_memory_prints(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("rich", reason="the examples need the extra `examples`")
     monkeypatch.syspath_prepend(ROOT / "examples")
-    from step_costs import DECODER_WIDTHS, Setting, counted, methods
+    from counting.step_costs import DECODER_WIDTHS, Setting, counted, methods
 
     tables = re.findall(
         r"^<!-- examples/memory.py --arch (\w+) -->\n.*?\n\|---.*?\n(.*?)^<!-- end -->$",

@@ -24,16 +24,14 @@ pytest.importorskip("sklearn")
 pytest.importorskip("rich")
 pytest.importorskip("tqdm")
 
+import quickstart
+import wrap_your_own
+from inputs import images
 from PIL import Image
 from torch import Tensor
 from torchvision import datasets
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
-
-import images  # noqa: E402
-import quickstart  # noqa: E402
-import wrap_your_own  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

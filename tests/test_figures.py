@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,16 +18,12 @@ pytest.importorskip("sklearn")
 pytest.importorskip("rich")
 pytest.importorskip("tqdm")
 
+import backbones
+import figures
+from drawing import charts, figure_style
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-
-import backbones
-import charts
-import figure_style
-import figures
 
 
 class Pixels(nn.Module):

@@ -6,7 +6,6 @@ import hashlib
 import pickle
 import re
 import struct
-import sys
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
@@ -23,15 +22,11 @@ import torch
 pytest.importorskip("sklearn", reason="the examples need the extra `examples`")
 pytest.importorskip("tqdm")
 
+from inputs import image_folders, images
 from PIL import Image
 from torch import Tensor
 from torchvision import datasets
 from torchvision.transforms.v2 import functional
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-
-import image_folders
-import images
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -14,15 +13,11 @@ import torch
 
 pytest.importorskip("sklearn", reason="the examples need the extra `examples`")
 
+from inputs import loading, views
+from inputs.image_sets import DataError, Folder, Images
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as reference
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-
-import loading
-import views
-from image_sets import DataError, Folder, Images
 
 CPU = torch.device("cpu")
 STEPS = [(7, torch.tensor([0, 3, 1])), (8, torch.tensor([2, 2, 4])), (9, torch.tensor([5, 0, 1]))]

@@ -1,10 +1,9 @@
-"""examples/memory.py and examples/paper_counts.py: counts by hand, and every output at tiny size."""
+"""examples/memory.py and its counts: counts by hand, and every output at tiny size."""
 
 from __future__ import annotations
 
 import csv
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,11 +12,9 @@ from torch import nn
 
 pytest.importorskip("matplotlib", reason="the examples need the extra `examples`")
 pytest.importorskip("rich")
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-
 import memory
-import step_costs
-from paper_counts import StageCount, paper_counts, shares
+from counting import step_costs
+from counting.paper_counts import StageCount, paper_counts, shares
 
 
 @pytest.fixture(autouse=True)

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 pytest.importorskip("sklearn", reason="the examples need the extra `examples`")
 
+from backbones import ARCHITECTURES, Architecture
+from inputs import images
+from pretraining import methods
+from tiny_pretrain import TINY, Tiny
 from torch import nn
 from torchvision.models import resnet18
 from torchvision.models.resnet import BasicBlock
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-
-import images
-import methods
-from backbones import ARCHITECTURES, Architecture
-from tiny_pretrain import TINY, Tiny
 
 from locallearn import LocalWrapper, Soft
 

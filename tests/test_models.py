@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from functools import cache, partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,10 +16,8 @@ from locallearn.models import PResNet, presnet50, presnet_small, shufflenet_v2_5
 from locallearn.models.progressive import Resize
 
 pytest.importorskip("rich", reason="the examples need the extra `examples`")
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-
 from backbones import ARCHITECTURES, stage_features
-from paper_counts import StageCount, paper_counts, shares
+from counting.paper_counts import StageCount, paper_counts, shares
 
 RESNET = ("layer1", "layer2", "layer3", "layer4")
 PRESNET = (*RESNET, "layer5", "layer6")

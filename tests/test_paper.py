@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 pytest.importorskip("rich", reason="the examples need the extra `examples`")
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-
-from step_costs import DECODER_WIDTHS, Method, Setting, counted, parts, predicted
+from counting.step_costs import DECODER_WIDTHS, Method, Setting, counted, parts, predicted
 
 from locallearn.measure import Cost
 

@@ -24,25 +24,15 @@ pytest.importorskip("sklearn", reason="the examples need the extra `examples`")
 pytest.importorskip("timm")
 pytest.importorskip("tqdm")
 
+import pretrain
+from backbones import ARCHITECTURES
+from pretraining import collapse, interrupt, norms, optimisers, pretrain_options, processes, progress, runs, training
+from pretraining.draws import Draws, seed_of
+from tiny_pretrain import TINY, Tiny, plain_view
 from torch import Tensor, nn
 from torchvision.models import resnet18
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
-
-import collapse  # noqa: E402
-import interrupt  # noqa: E402
-import norms  # noqa: E402
-import optimisers  # noqa: E402
-import pretrain  # noqa: E402
-import pretrain_options  # noqa: E402
-import processes  # noqa: E402
-import progress  # noqa: E402
-import runs  # noqa: E402
-import training  # noqa: E402
-from backbones import ARCHITECTURES  # noqa: E402
-from draws import Draws, seed_of  # noqa: E402
-from tiny_pretrain import TINY, Tiny, plain_view  # noqa: E402
 
 from locallearn import InfoNCE  # noqa: E402
 

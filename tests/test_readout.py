@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,21 +17,16 @@ pytest.importorskip("sklearn", reason="the examples need the extra `examples`")
 pytest.importorskip("rich")
 pytest.importorskip("tqdm")
 
+import backbones
+import knn_eval
+import linear_eval
+from inputs import image_folders, images, loading
 from PIL import Image
+from reading import encoders, evaluate
 from torch import Tensor, nn
 from torchvision.models import ResNet18_Weights, WeightsEnum, resnet18
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
-
-import backbones  # noqa: E402
-import encoders  # noqa: E402
-import evaluate  # noqa: E402
-import image_folders  # noqa: E402
-import images  # noqa: E402
-import knn_eval  # noqa: E402
-import linear_eval  # noqa: E402
-import loading  # noqa: E402
 
 CPU = torch.device("cpu")
 STAGES = ["layer1", "layer2", "layer3", "layer4"]

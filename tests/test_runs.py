@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +12,12 @@ import torch
 pytest.importorskip("sklearn", reason="the examples need the extra `examples`")
 pytest.importorskip("safetensors")
 
-from torch import nn
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-
-import images
-import runs
 from backbones import ARCHITECTURES
-from norms import by_groups
+from inputs import images
+from pretraining import runs
+from pretraining.norms import by_groups
 from tiny_pretrain import TINY, Tiny
+from torch import nn
 
 SETTINGS = {"arch": "tiny", "image_size": 12, "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.5, 0.5], "norm": "batch"}
 

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("sklearn", reason="the examples need the extra `examples`")
 
+from inputs import batch_transforms, simclr, views
 from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as reference
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-
-import batch_transforms
-import simclr
-import views
 
 
 @pytest.fixture(autouse=True)

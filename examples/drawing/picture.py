@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 from einops import rearrange
-from figure_style import FAINT, GRID, INK, METHODS, STYLE
 from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
+
+from drawing.figure_style import FAINT, GRID, INK, METHODS, STYLE
 
 # column of the table -> its title and unit, how a value is written, and what makes it readable as a number
 ACCURACIES = {"probe_accuracy": "linear probe, %", "knn_accuracy": "kNN, %"}

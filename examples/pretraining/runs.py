@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from backbones import ARCHITECTURES
 from command_line import write
-from images import DataError
-from norms import by_groups
+from inputs.images import DataError
 from torch import Tensor, nn
+
+from pretraining.norms import by_groups
 
 KEPT = 2  # checkpoints: the newest, and the one before in case that it is damaged
 FORMATS = {"pt": "backbone.pt", "safetensors": "backbone.safetensors"}

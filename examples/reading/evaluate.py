@@ -7,12 +7,12 @@ from collections.abc import Iterable
 import torch
 import torch.nn.functional as F
 from backbones import stage_features
+from inputs.views import scaled
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from tqdm import tqdm
-from views import scaled
 
 
 @torch.no_grad()

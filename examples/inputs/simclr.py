@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 
 import torch
-from batch_transforms import brightness, contrast, gaussian_blur, grey, hue, resized_crop, saturation
 from torch import Tensor
 from torchvision.transforms import v2
+
+from inputs.batch_transforms import brightness, contrast, gaussian_blur, grey, hue, resized_crop, saturation
 
 RATIO = (3 / 4, 4 / 3)  # of a crop's width to its height
 SIGMA = (0.1, 2.0)  # of the blur, pixels

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from image_folders import image_folder, imagenet, imagenette, tiny_imagenet
-from image_sets import DataError, Folder, Images
 from sklearn.datasets import load_digits
 from torch import Tensor
 from torchvision import datasets
 from torchvision.transforms import v2
+
+from inputs.image_folders import image_folder, imagenet, imagenette, tiny_imagenet
+from inputs.image_sets import DataError, Folder, Images
 
 # The digits' file is ordered by the person who wrote them; from this image on come the last four of its writers.
 FIRST_HELD_OUT_DIGIT = 1287

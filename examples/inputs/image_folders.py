@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from image_sets import DataError, Folder, Images, decoded
 from torch import Tensor
 from torchvision import datasets
 from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.transforms import v2
 from tqdm import tqdm
+
+from inputs.image_sets import DataError, Folder, Images, decoded
 
 MEMORY = 2**31  # bytes; a set whose decoded images take more stays in its files
 SIZE = 64  # pixels, where nothing else is asked for

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from images import DataError
+from inputs.images import DataError
 from torch import Tensor
 
 

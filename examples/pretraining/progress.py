@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from images import DataError
+from inputs.images import DataError
 from tqdm import tqdm
 
 try:

@@ -8,13 +8,14 @@ from typing import NamedTuple
 
 from backbones import ARCHITECTURES
 from command_line import Parser, at_least, device, number_from
-from images import NAMES, DataError, Images
-from methods import DECODERS, DEPTHS, LOSSES, METHODS, SHARINGS, overlap_of
-from optimisers import RECIPES
-from processes import Processes
-from progress import summary_writer
-from runs import FORMATS
-from training import AMP
+from inputs.images import NAMES, DataError, Images
+
+from pretraining.methods import DECODERS, DEPTHS, LOSSES, METHODS, SHARINGS, overlap_of
+from pretraining.optimisers import RECIPES
+from pretraining.processes import Processes
+from pretraining.progress import summary_writer
+from pretraining.runs import FORMATS
+from pretraining.training import AMP
 
 DEFAULT_ARCH = "presnet_small"
 DIGITS = 32  # pixels a side: 8 leave nothing to stages that halve them

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from command_line import Parser, write
-from image_sets import DataError, Folder, Images
+from inputs.image_sets import DataError, Folder, Images
 from rich.box import SIMPLE_HEAVY
 from rich.console import Console
 from rich.table import Table

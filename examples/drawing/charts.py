@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from figure_style import FAINT, GRID, INK, METHODS, STYLE, label_ends, quiet
 from matplotlib import colormaps, rc_context
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
+
+from drawing.figure_style import FAINT, GRID, INK, METHODS, STYLE, label_ends, quiet
 
 LINES = ("-", (0, (5, 2)), (0, (1, 1.5)))  # of a method's variants
 

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from image_sets import Folder, Images
-from simclr import SimCLRViews
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
-from views import Views
+
+from inputs.image_sets import Folder, Images
+from inputs.simclr import SimCLRViews
+from inputs.views import Views
 
 Step = tuple[int, Tensor]  # a seed, from which all that is random in the step comes, and the images' indices (N,)
 Colour = float | Sequence[float]  # of all channels, or one of each

@@ -7,9 +7,10 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from simclr import SimCLRViews, TorchvisionViews
 from torch import Tensor
 from torchvision.transforms import v2
+
+from inputs.simclr import SimCLRViews, TorchvisionViews
 
 Views = Callable[[Tensor], Tensor]
 

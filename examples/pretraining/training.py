@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 from backbones import ARCHITECTURES
-from collapse import Watched
-from methods import LABELLED, wrapped
-from norms import by_groups
-from optimisers import optimizer, warm_up_and_cosine
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from locallearn import LocalWrapper
+from pretraining.collapse import Watched
+from pretraining.methods import LABELLED, wrapped
+from pretraining.norms import by_groups
+from pretraining.optimisers import optimizer, warm_up_and_cosine
 
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -8,16 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import runs
 import torch
 from backbones import ARCHITECTURES
 from command_line import Parser, at_least, device
-from evaluate import stage_vectors
-from image_sets import Folder, Images
-from images import NAMES, DataError, load
-from loading import plain_batches
+from inputs.image_sets import Folder, Images
+from inputs.images import NAMES, DataError, load
+from inputs.loading import plain_batches
+from pretraining import runs
 from torch import Tensor, nn
 from torchvision.models import get_model_weights
+
+from reading.evaluate import stage_vectors
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # what torchvision's weights were trained with
 HALF = (0.5, 0.5, 0.5)

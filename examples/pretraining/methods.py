@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 import torch
 from backbones import Architecture, stage_features
-from collapse import Watched
-from images import DataError
+from inputs.images import DataError
 from torch import nn
 
 from locallearn import ConvMLPDecoder, InfoNCE, LocalWrapper, MLPDecoder, Plan, Soft, UpperOnly
+from pretraining.collapse import Watched
 
 METHODS = ("simclr", "gim", "loco")
 

@@ -1,0 +1,1 @@
+"""What stages and steps cost, by the paper's count and by ours."""

@@ -1,0 +1,1 @@
+"""Images and random views of them: data sets, augmentations, batches on the device."""

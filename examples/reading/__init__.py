@@ -1,0 +1,1 @@
+"""What the read-outs of frozen encoders share."""
