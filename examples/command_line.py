@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -24,6 +25,23 @@ def at_least(least: int) -> Callable[[str], int]:
         if not text.isascii() or not text.isdigit() or int(text) < least:
             raise argparse.ArgumentTypeError(f"expected a whole number from {least} up, got {text!r}")
         return int(text)
+
+    return number
+
+
+def number_from(least: float, *, above: bool = False) -> Callable[[str], float]:
+    """A type for arguments: numbers from `least` up, or `above` it."""
+
+    def number(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (least < value < math.inf if above else least <= value < math.inf):
+            raise argparse.ArgumentTypeError(
+                f"expected a number {'above' if above else 'from'} {least:g}, got {text!r}"
+            )
+        return value
 
     return number
 

@@ -58,3 +58,8 @@ def colour_views(size: int) -> Views:
         ]
     )
     return lambda images: scaled(torch.stack([view(image) for image in images]))
+
+
+def simclr_views(size: int) -> Views:
+    """SimCLR's views for images of a size."""
+    return colour_views(size)

@@ -1,0 +1,177 @@
+"""A run's directory: run.json says what was run, log.jsonl how it went; checkpoints; backbone.pt or .safetensors at the end."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import sys
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from backbones import ARCHITECTURES
+from command_line import write
+from images import DataError
+from norms import by_groups
+from torch import Tensor, nn
+
+KEPT = 2  # checkpoints: the newest, and the one before in case that it is damaged
+FORMATS = {"pt": "backbone.pt", "safetensors": "backbone.safetensors"}
+UNREADABLE = (
+    OSError,
+    RuntimeError,
+    EOFError,
+    KeyError,
+    TypeError,
+    ValueError,
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained backbone in eval mode, and how it came about."""
+
+    settings: dict[str, Any]
+    backbone: nn.Module
+    stages: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def load(path: Path) -> Run:
+    """Build the backbone of a run from its directory, its backbone.pt (or .safetensors), or one of its checkpoints.
+
+    An unfinished run gives the weights of its newest good checkpoint. Raises `DataError`, in one line.
+    """
+    path = Path(path)
+    directory = path if path.is_dir() else path.parent
+    settings = read_settings(directory)
+    if settings["arch"] not in ARCHITECTURES:
+        raise DataError(f"{directory} trained {settings['arch']!r}; there are {', '.join(ARCHITECTURES)}")
+    weights = _weights(path)
+    architecture = ARCHITECTURES[settings["arch"]]
+    backbone = architecture.make(settings["image_size"])
+    if settings.get("norm") == "group":
+        by_groups(backbone)
+    try:
+        backbone.load_state_dict(weights)
+    except RuntimeError as problem:
+        raise DataError(f"{path} holds weights of another architecture than {settings['arch']}") from problem
+    return Run(settings, backbone.eval(), architecture.stages, tuple(settings["mean"]), tuple(settings["std"]))
+
+
+def _weights(path: Path) -> dict[str, Tensor]:
+    if path.is_dir():
+        finished = [path / name for name in FORMATS.values() if (path / name).is_file()]
+        if not finished:
+            checkpoint = newest_checkpoint(path)
+            if checkpoint is None:
+                raise DataError(f"{path} is of a run that has not come to its first checkpoint")
+            return checkpoint["backbone"]
+        path = finished[0]
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        contents = read_checkpoint(path)
+    except UNREADABLE as problem:
+        raise DataError(f"{path} cannot be read: {reason(problem)}") from problem
+    return contents.get("backbone", contents)
+
+
+# ------------------------------------------------------------------------------------------------------------ settings
+
+
+def read_settings(directory: Path) -> dict[str, Any]:
+    """What run.json says."""
+    path = directory / "run.json"
+    try:
+        settings = json.loads(path.read_text())
+    except (OSError, ValueError) as problem:
+        raise DataError(f"{directory} is no run of pretrain.py: there is no {path} that can be read") from problem
+    if not isinstance(settings, dict) or not {"arch", "image_size", "mean", "std"} <= settings.keys():
+        raise DataError(f"{directory} is no run of pretrain.py: {path} is another program's")
+    return settings
+
+
+def write_settings(directory: Path, settings: dict[str, Any]) -> None:
+    text = json.dumps(settings, indent=1, default=str) + "\n"
+    write(directory / "run.json", lambda path: path.write_text(text))
+
+
+# --------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def checkpoints(directory: Path) -> list[Path]:
+    """The newest first."""
+    return sorted(directory.glob("checkpoint-*.pt"), reverse=True)
+
+
+def save_checkpoint(directory: Path, step: int, state: dict[str, Any]) -> None:
+    """Write checkpoint-STEP.pt, whole or not at all; keep the newest two."""
+    write(directory / f"checkpoint-{step:08d}.pt", lambda path: torch.save(state, path))
+    for old in [*checkpoints(directory)[KEPT:], *directory.glob("checkpoint-*.unfinished")]:
+        old.unlink()
+
+
+def newest_checkpoint(directory: Path) -> dict[str, Any] | None:
+    """The newest one that is whole, on the CPU; each damaged one is named on stderr.
+
+    `None` where there never was one; where all are damaged, `DataError`.
+    """
+    for path in checkpoints(directory):
+        try:
+            return read_checkpoint(path)
+        except UNREADABLE as problem:
+            print(f"warning: {path} is damaged ({reason(problem)}); trying the one before it", file=sys.stderr)
+    if checkpoints(directory):
+        raise DataError(f"every checkpoint in {directory} is damaged; delete them to start anew")
+    return None
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+        if (broken := archive.testzip()) is not None:
+            raise ValueError(f"the checksum of {broken} is wrong")
+    contents = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(contents, dict):
+        raise TypeError(f"it holds a {type(contents).__name__}")
+    return contents
+
+
+def reason(problem: BaseException) -> str:
+    return (str(problem).splitlines() or [type(problem).__name__])[0]
+
+
+def save_backbone(directory: Path, backbone: nn.Module, kind: str) -> Path:
+    """The plain weights, under the names that the backbone gives them."""
+    path = directory / FORMATS[kind]
+    weights = {name: value.detach().cpu().contiguous() for name, value in backbone.state_dict().items()}
+    if kind == "safetensors":
+        from safetensors.torch import save_file
+
+        write(path, lambda unfinished: save_file(weights, unfinished))
+    else:
+        write(path, lambda unfinished: torch.save(weights, unfinished))
+    return path
+
+
+# ----------------------------------------------------------------------------------------------------------------- log
+
+
+def read_log(directory: Path) -> list[dict[str, Any]]:
+    """The lines of log.jsonl; one that a killed run left unfinished is not there."""
+    path = directory / "log.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def cut_log(directory: Path, step: int) -> None:
+    """Keep of log.jsonl what was written up to `step`: the rest will be written again."""
+    kept = [json.dumps(line) + "\n" for line in read_log(directory) if line["step"] <= step]
+    write(directory / "log.jsonl", lambda path: path.write_text("".join(kept)))
