@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
+from backbones import stage_features
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
+from tqdm import tqdm
 from views import scaled
 
 
@@ -22,11 +26,55 @@ def features(backbone: nn.Module, images: Tensor, batch_size: int = 512) -> Tens
     return torch.cat(outputs)
 
 
+def stage_vectors(
+    backbone: nn.Module, stages: tuple[str, ...], batches: Iterable[tuple[Tensor, Tensor]], count: int
+) -> tuple[list[Tensor], Tensor]:
+    """Each stage's outlet, averaged over its positions, in eval mode: `[(N, C_k), ...]`, and labels `(N,)`, on the CPU.
+
+    `batches` are images as the backbone takes them and their labels, `count` images in all.
+    """
+    training, vectors, labels = backbone.training, [[] for _ in stages], []
+    backbone.eval()
+    with tqdm(total=count, unit="image", desc="features", leave=False, dynamic_ncols=True, delay=1) as progress:
+        for images, batch_labels in batches:
+            for seen, outlet in zip(vectors, stage_features(backbone, stages, images), strict=True):
+                seen.append(outlet.float().cpu())
+            labels.append(batch_labels.cpu())
+            progress.update(len(images))
+    backbone.train(training)
+    return [torch.cat(seen) for seen in vectors], torch.cat(labels)
+
+
 def linear_probe(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> float:
     """Test accuracy in 0..1 of a logistic regression on standardised features `(N, D)`."""
     probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
     probe.fit(train.numpy(), train_labels.numpy())
     return float(probe.score(test.numpy(), test_labels.numpy()))
+
+
+def logistic_regression(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> float:
+    """`linear_probe` on the features' own device, which may be a GPU: the same objective, by torch's L-BFGS.
+
+    Mean cross-entropy + |w|^2 / 2N on standardised features, which is scikit-learn's C = 1.
+    """
+    mean, std = train.mean(dim=0), train.std(dim=0, correction=0)
+    train, test = ((part - mean) / torch.where(std > 0, std, 1) for part in (train, test))
+    probe = nn.Linear(train.shape[1], int(train_labels.max()) + 1, device=train.device, dtype=train.dtype)
+    nn.init.zeros_(probe.weight)
+    nn.init.zeros_(probe.bias)
+    optimizer = torch.optim.LBFGS(
+        probe.parameters(), max_iter=2000, max_eval=4000, tolerance_grad=1e-4, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(probe(train), train_labels) + probe.weight.square().sum() / (2 * len(train))
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    with torch.no_grad():
+        return float((probe(test).argmax(dim=1) == test_labels).float().mean())
 
 
 def knn(
@@ -41,7 +89,7 @@ def knn(
     right = 0
     for batch, labels in zip(test.split(1024), test_labels.split(1024), strict=True):
         nearness, neighbours = (batch @ train.T).topk(min(k, len(train)), dim=1)  # (B, k)
-        votes = torch.zeros(len(batch), classes)
+        votes = torch.zeros(len(batch), classes, device=batch.device)
         votes.scatter_add_(1, train_labels[neighbours], (nearness / temperature).exp())
         right += int((votes.argmax(dim=1) == labels).sum())
     return right / len(test)

@@ -1,13 +1,15 @@
-"""Data sets as plain tensors in memory: images to train on and images held out."""
+"""Data sets by name, read from wherever they are: images to train on and images held out."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from image_folders import image_folder, imagenet, imagenette, tiny_imagenet
+from image_sets import DataError, Folder, Images
 from sklearn.datasets import load_digits
 from torch import Tensor
 from torchvision import datasets
@@ -22,65 +24,47 @@ TORCHVISION = {
     "stl10": datasets.STL10,
     "fashion-mnist": datasets.FashionMNIST,
 }
-NAMES = "digits, cifar10, cifar100, stl10, fashion-mnist, imagefolder:PATH or npz:PATH"
+DOWNLOADABLE = (*TORCHVISION, "imagenette", "tiny-imagenet")
+NAMES = f"digits, {', '.join(DOWNLOADABLE)}, imagenet, imagefolder:PATH or npz:PATH"
 
 
-class DataError(Exception):
-    """A data set that cannot be had, in one line: what was asked for, and what to do."""
+def load(name: str, directory: Path = Path("data"), download: bool = False, size: int | None = None) -> Images | Folder:
+    """Load the data set `name`, its images resized to `size` pixels a side.
 
-
-@dataclass(frozen=True)
-class Images:
-    """A data set in memory: square uint8 images `(N, C, S, S)` in 0..255 and labels `(N,)` from 0."""
-
-    name: str
-    train: Tensor
-    train_labels: Tensor
-    test: Tensor
-    test_labels: Tensor
-
-    def __post_init__(self) -> None:
-        for part, pixels, labels in (
-            ("train", self.train, self.train_labels),
-            ("test", self.test, self.test_labels),
-        ):
-            if len(pixels) != len(labels) or not len(pixels):
-                raise DataError(f"{self.name} has {len(pixels)} {part} images and {len(labels)} labels for them")
-            if pixels.shape[1] not in (1, 3) or pixels.shape[1] != self.train.shape[1]:
-                raise DataError(f"{self.name}: images must all have 1 channel or all 3; {part} has {pixels.shape[1]}")
-            if labels.min() < 0:
-                raise DataError(f"{self.name}: {part} labels must count from 0; the least is {labels.min()}")
-
-    @property
-    def channels(self) -> int:
-        return self.train.shape[1]
-
-    @property
-    def size(self) -> int:
-        return self.train.shape[-1]
-
-    @property
-    def classes(self) -> int:
-        return int(max(self.train_labels.max(), self.test_labels.max())) + 1
-
-
-def load(name: str, directory: Path = Path("data"), download: bool = False, size: int | None = None) -> Images:
-    """Load the data set `name`, its images resized to `size` pixels a side (None: as they are; folders 64).
-
-    `directory` is where torchvision keeps its files. Raises `DataError` where there is nothing to load.
+    `size=None` leaves them as they are; of folders it makes 64 pixels, of imagenette 96, of imagenet 224. A path to a folder
+    or to an .npz file may stand without its prefix. `directory` is where torchvision keeps its files. What would take more
+    than 2 GiB comes as a `Folder`, all else as `Images`. Raises `DataError` where there is nothing to load.
     """
-    kind, _, path = name.partition(":")
-    if download and kind not in TORCHVISION:
-        raise DataError(f"--download is for {', '.join(TORCHVISION)}; {kind} has nothing to download")
+    kind, path = _kind(name)
+    if download and kind not in DOWNLOADABLE:
+        raise DataError(f"--download is for {', '.join(DOWNLOADABLE)}; {kind} has nothing to download")
     if name == "digits":
         return _digits(size)
     if name in TORCHVISION:
         return _resized(_torchvision(name, directory, download), size)
+    if name == "imagenette":
+        return imagenette(directory, download, size)
+    if name == "tiny-imagenet":
+        return tiny_imagenet(directory, download, size)
+    if name == "imagenet":
+        return imagenet(directory, size)
     if kind == "imagefolder" and path:
-        return _imagefolder(Path(path), size or 64)
+        return image_folder(Path(path), size)
     if kind == "npz" and path:
         return _resized(_npz(Path(path)), size)
     raise DataError(f"unknown data set {name!r}: choose {NAMES}")
+
+
+def _kind(name: str) -> tuple[str, str]:
+    """A name's kind and, where it has one, its path: `photos/` -> imagefolder and photos."""
+    kind, _, path = name.partition(":")
+    if kind in ("imagefolder", "npz"):
+        return kind, path
+    if name.endswith(".npz"):
+        return "npz", name
+    if os.sep in name or (name not in ("digits", "imagenet", *DOWNLOADABLE) and Path(name).is_dir()):
+        return "imagefolder", name
+    return name, ""
 
 
 def _digits(size: int | None) -> Images:
@@ -122,30 +106,6 @@ def _pixels(data: Tensor | np.ndarray) -> Tensor:
 
 def _labels(dataset: datasets.VisionDataset) -> Tensor:
     return torch.as_tensor(dataset.labels if isinstance(dataset, datasets.STL10) else dataset.targets).long()
-
-
-def _imagefolder(path: Path, size: int) -> Images:
-    """`path/train/CLASS/*` and `path/val` or `path/test`; where `path` holds the classes, every fifth image is held out."""
-    if not path.is_dir():
-        raise DataError(f"there is no directory {path}")
-    held_out = next((path / part for part in ("val", "test") if (path / part).is_dir()), None)
-    square = v2.Compose([v2.PILToTensor(), v2.Resize(size), v2.CenterCrop(size)])
-    try:
-        if held_out is None or not (path / "train").is_dir():
-            pixels, labels = _stacked(datasets.ImageFolder(path, square))
-            fifth = torch.arange(len(labels)) % 5 == 4
-            return Images(path.name, pixels[~fifth], labels[~fifth], pixels[fifth], labels[fifth])
-        train, test = (datasets.ImageFolder(part, square) for part in (path / "train", held_out))
-    except (FileNotFoundError, OSError) as problem:
-        raise DataError(f"{path} is no folder of images: {str(problem).splitlines()[0]}") from problem
-    if train.classes != test.classes:
-        raise DataError(f"{path / 'train'} and {held_out} must have the same classes")
-    return Images(path.name, *_stacked(train), *_stacked(test))
-
-
-def _stacked(folder: datasets.ImageFolder) -> tuple[Tensor, Tensor]:
-    pixels, labels = zip(*folder, strict=True)
-    return torch.stack(pixels), torch.tensor(labels)
 
 
 def _npz(path: Path) -> Images:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from einops import rearrange
+from figure_style import FAINT, GRID, INK, METHODS, STYLE
 from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -15,36 +16,12 @@ from matplotlib.patches import FancyBboxPatch
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-INK, FAINT, GRID = "#22303c", "#8a97a3", "#e6eaee"
-METHODS = {
-    "random start": "#c3cad1",
-    "SimCLR": "#4477aa",
-    "Greedy InfoMax": "#ee8866",
-    "LoCo": "#228833",
-    "supervised": "#7a7f8c",
-}
 # column of the table -> its title and unit, how a value is written, and what makes it readable as a number
 ACCURACIES = {"probe_accuracy": "linear probe, %", "knn_accuracy": "kNN, %"}
 COSTS = {
     "peak_activation_bytes": ("peak activations, MB", "{:.1f}", 1e-6),
     "ms_per_step": ("time per step, ms", "{:.0f}", 1),
     "step_flops_relative": ("FLOPs, SimCLR = 1", "{:.2f}", 1),
-}
-STYLE = {
-    "font.size": 10,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": FAINT,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titlepad": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "xtick.color": FAINT,
-    "ytick.color": FAINT,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
 }
 
 

@@ -383,6 +383,8 @@ def run(args: argparse.Namespace) -> None:
     if not 0 <= args.overlap < len(STAGES):
         raise DataError(f"--overlap is between 0 and {len(STAGES) - 1} for {len(STAGES)} stages, got {args.overlap}")
     images = load(args.data, args.data_dir, args.download, args.image_size)
+    if not isinstance(images, Images):
+        raise DataError(f"{images.name} is too large for the quickstart's memory: take a smaller one, or --image-size")
     steps = len(images.train) // args.batch_size
     if not steps:
         raise DataError(

@@ -7,10 +7,13 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from simclr import SimCLRViews, TorchvisionViews
 from torch import Tensor
 from torchvision.transforms import v2
 
 Views = Callable[[Tensor], Tensor]
+
+LARGEST_SMALL_IMAGE = 64  # pixels; up to here colours are changed half as strongly and nothing is blurred
 
 
 def scaled(images: Tensor) -> Tensor:
@@ -60,6 +63,25 @@ def colour_views(size: int) -> Views:
     return lambda images: scaled(torch.stack([view(image) for image in images]))
 
 
-def simclr_views(size: int) -> Views:
-    """SimCLR's views for images of a size."""
-    return colour_views(size)
+def simclr_views(size: int) -> SimCLRViews:
+    """SimCLR's views of `size` pixels a side, by batches."""
+    return SimCLRViews(size, *_strength_and_blur(size))
+
+
+def torchvision_views(size: int) -> TorchvisionViews:
+    """The same, image by image."""
+    return TorchvisionViews(size, *_strength_and_blur(size))
+
+
+def crop_views(size: int) -> SimCLRViews:
+    """Random resized crop and flip alone: what a linear read-out is trained on."""
+    return SimCLRViews(size, strength=0, blur=0, greyed=0)
+
+
+def _strength_and_blur(size: int) -> tuple[float, int]:
+    """Colour strength, and pixels of the blur's kernel.
+
+    Up to 64 pixels as for CIFAR-10 (Chen et al. 2020, appendix B.9): strength 0.5, no blur. Larger images as ImageNet's
+    (appendix A): strength 1, and a kernel of a tenth of the side, 23 pixels of 224.
+    """
+    return (0.5, 0) if size <= LARGEST_SMALL_IMAGE else (1.0, 2 * (size // 20) + 1)

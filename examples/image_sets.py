@@ -1,0 +1,88 @@
+"""What a data set is to the examples: images to train on and images held out, in memory or in files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import v2
+
+
+class DataError(Exception):
+    """A data set that cannot be had, in one line: what was asked for, and what to do."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """A data set in memory: square uint8 images `(N, C, S, S)` in 0..255 and labels `(N,)` from 0."""
+
+    name: str
+    train: Tensor
+    train_labels: Tensor
+    test: Tensor
+    test_labels: Tensor
+
+    def __post_init__(self) -> None:
+        for part, pixels, labels in (
+            ("train", self.train, self.train_labels),
+            ("test", self.test, self.test_labels),
+        ):
+            if len(pixels) != len(labels) or not len(pixels):
+                raise DataError(f"{self.name} has {len(pixels)} {part} images and {len(labels)} labels for them")
+            if pixels.shape[1] not in (1, 3) or pixels.shape[1] != self.train.shape[1]:
+                raise DataError(f"{self.name}: images must all have 1 channel or all 3; {part} has {pixels.shape[1]}")
+            if labels.min() < 0:
+                raise DataError(f"{self.name}: {part} labels must count from 0; the least is {labels.min()}")
+
+    @property
+    def channels(self) -> int:
+        return self.train.shape[1]
+
+    @property
+    def size(self) -> int:
+        return self.train.shape[-1]
+
+    @property
+    def classes(self) -> int:
+        return int(max(self.train_labels.max(), self.test_labels.max())) + 1
+
+    def holding_out(self, indices: Tensor) -> Images:
+        """The same data set with only these of the images held out."""
+        return replace(self, test=self.test[indices], test_labels=self.test_labels[indices])
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A data set too large for memory: files that are decoded when they are needed, to be seen at `size` pixels a side."""
+
+    name: str
+    size: int
+    train_paths: list[str]
+    train_labels: Tensor
+    test_paths: list[str]
+    test_labels: Tensor
+    channels = 3
+
+    @property
+    def classes(self) -> int:
+        return int(max(self.train_labels.max(), self.test_labels.max())) + 1
+
+    def holding_out(self, indices: Tensor) -> Folder:
+        """The same data set with only these of the images held out."""
+        paths = [self.test_paths[i] for i in indices.tolist()]
+        return replace(self, test_paths=paths, test_labels=self.test_labels[indices])
+
+    def read(self, part: str, index: int) -> Tensor:
+        """One image of "train" or "test" as it is in its file, uint8 RGB `(3, H, W)`."""
+        return decoded((self.train_paths if part == "train" else self.test_paths)[index])
+
+
+def decoded(path: str | Path) -> Tensor:
+    """An image file's pixels, uint8 RGB `(3, H, W)`."""
+    try:
+        with Image.open(path) as image:
+            return v2.functional.pil_to_tensor(image.convert("RGB"))
+    except OSError as problem:
+        raise DataError(f"{path} is no image that can be read ({problem})") from problem

@@ -1,0 +1,56 @@
+"""What the read-outs share: how they run and end, the file that they write, the table that they print."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from command_line import Parser, write
+from image_sets import DataError, Folder, Images
+from rich.box import SIMPLE_HEAVY
+from rich.console import Console
+from rich.table import Table
+
+
+def finish(
+    arguments: Parser, run: Callable[[argparse.Namespace], None], argv: list[str] | None, stopped: str = "stopped"
+) -> int:
+    """Run a script and return its exit status; what goes wrong is said in one line."""
+    args = arguments.parse_args(argv)
+    try:
+        run(args)
+    except DataError as problem:
+        arguments.error(str(problem))
+    except OSError as problem:
+        arguments.error(f"cannot read or write {problem.filename or args.out}: {problem.strerror or problem}")
+    except KeyboardInterrupt:
+        print(f"\n{stopped}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def save(path: Path, results: dict[str, Any]) -> None:
+    write(path, lambda unfinished: unfinished.write_text(json.dumps(results, indent=1) + "\n"))
+    print(f"wrote {path}")
+
+
+def show(title: str, stages: Sequence[str], columns: dict[str, Sequence[float]], images: Images | Folder) -> None:
+    """`columns`: heading -> accuracy in 0..1 of each stage, from the first to the top one."""
+    count = len(images.test_labels)
+    table = Table(box=SIMPLE_HEAVY)
+    table.add_column("stage", no_wrap=True)
+    for heading in columns:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for stage, *accuracies in zip(stages, *columns.values(), strict=True):
+        errors = [100 * (p * (1 - p) / count) ** 0.5 for p in accuracies]
+        table.add_row(stage, *(f"{100 * p:.1f} ± {error:.1f}" for p, error in zip(accuracies, errors, strict=True)))
+    console = Console()
+    console.print(title, style="bold", highlight=False)
+    console.print(table)
+    console.print(
+        f"On {count} held-out images of {images.classes} classes, ± standard error.", style="dim", highlight=False
+    )
