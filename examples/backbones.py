@@ -11,6 +11,8 @@ from einops import reduce
 from torch import Tensor, nn
 from torchvision.models import get_model
 
+from locallearn.models import presnet50, presnet_small, shufflenet_v2_50, small_image_stem
+
 LARGEST_SMALL_IMAGE = 64  # pixels; up to here a stem without stride takes the place of ImageNet's, which divides by 4
 
 
@@ -22,17 +24,31 @@ class Architecture:
     stages: tuple[str, ...]
 
 
+def _stem_for(image_size: int, backbone: nn.Module) -> nn.Module:
+    return small_image_stem(backbone) if image_size <= LARGEST_SMALL_IMAGE else backbone
+
+
 def _resnet(image_size: int, name: str) -> nn.Module:
-    backbone = get_model(name)
-    if image_size <= LARGEST_SMALL_IMAGE:
-        backbone.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)  # He et al. 2016, section 4.2
-        backbone.maxpool = nn.Identity()
-    return backbone
+    return _stem_for(image_size, get_model(name, zero_init_residual=True))
 
 
-LAYERS = ("layer1", "layer2", "layer3", "layer4")
+def _presnet50(image_size: int, literal: bool) -> nn.Module:
+    return _stem_for(image_size, presnet50(literal=literal))
+
+
+def _shufflenet(image_size: int) -> nn.Module:
+    return _stem_for(image_size, shufflenet_v2_50())
+
+
+RESNET = ("layer1", "layer2", "layer3", "layer4")
+PRESNET = (*RESNET, "layer5", "layer6")
 ARCHITECTURES = {
-    name: Architecture(partial(_resnet, name=name), LAYERS) for name in ("resnet18", "resnet34", "resnet50")
+    **{name: Architecture(partial(_resnet, name=name), RESNET) for name in ("resnet18", "resnet34", "resnet50")},
+    "presnet50": Architecture(partial(_presnet50, literal=False), PRESNET),
+    "presnet50-literal": Architecture(partial(_presnet50, literal=True), PRESNET),  # Table 8 to the letter
+    "presnet_small": Architecture(presnet_small, PRESNET),
+    "presnet_small-3": Architecture(partial(presnet_small, blocks=3), PRESNET),  # blocks per stage, as in PResNet-50
+    "shufflenet_v2_50": Architecture(_shufflenet, ("stage2", "stage3", "stage4", "conv6")),
 }
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import conv_flop_count, flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
 import locallearn.losses._flops  # noqa: F401 - teaches torch's flop counter our operators
@@ -66,9 +66,18 @@ class _Flops(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if (formula := flop_registry.get(func.overloadpacket)) is not None:
+        if func is torch.ops.aten.convolution_backward.default:
+            self.total += _convolution_backward(*args)
+        elif (formula := flop_registry.get(func.overloadpacket)) is not None:
             self.total += formula(*args, **(kwargs or {}), out_val=result)
         return result
+
+
+def _convolution_backward(grad: Tensor, images: Tensor, weight: Tensor, *args: Any) -> int:
+    """Either gradient costs what the forward did. torch's formula takes a grouped convolution's weight for a dense one."""
+    transposed, output_mask = args[4], args[7]
+    flops: int = conv_flop_count(images.shape, weight.shape, grad.shape, transposed)
+    return flops * sum(output_mask[:2])
 
 
 class _LiveBytes(TorchDispatchMode):

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -33,6 +33,17 @@ def test_flops_agree_with_torchs_counter() -> None:
     with FlopCounterMode(display=False) as counter:
         model(images).sum().backward()
     assert measure(lambda: model(images).sum().backward()).flops == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_both_gradients_of_a_convolution_cost_what_its_forward_does(groups: int, kind: type[nn.Conv2d]) -> None:
+    layer, images = kind(8, 8, 3, stride=2, groups=groups), torch.rand(2, 8, 9, 9, requires_grad=True)
+    forward = measure(lambda: layer(images)).flops
+    pixels = 4 * 4 if kind is nn.Conv2d else 9 * 9
+    assert forward == 2 * (2 * 8 * 8 // groups) * 9 * pixels
+    assert measure(lambda: layer(images).sum().backward()).flops == 3 * forward
+    assert measure(lambda: layer(images.detach()).sum().backward()).flops == 2 * forward
 
 
 @pytest.mark.parametrize(
