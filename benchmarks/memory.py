@@ -6,9 +6,10 @@
 Runs under fake tensors: no GPU, no data, seconds on a CPU. The counts do not depend on the machine. They leave out what
 all rows share (weights, their gradients, the images) and what a GPU's libraries and the allocator add.
 
-"peak" is the most bytes that are alive at once, "saved" the most that are kept for a backward at once. The rows
-"recomputed" put torch.utils.checkpoint around every residual or transformer block. That keeps little, and rebuilds it
-during the backward, so only the peak can be compared.
+"peak" is the most bytes that are alive at once, "saved" the most that are kept for a backward at once: what is rebuilt
+in the backward counts for the peak only. The rows "blocks recomputed" have checkpoint=True, which recomputes every block,
+and the stem; "blocks and stages recomputed" recompute the stages too, so that of a stage that two units share only its
+inlet is kept between them.
 """
 
 from __future__ import annotations
@@ -22,12 +23,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
-from torch.utils.checkpoint import checkpoint
 from torchvision.models import get_model
-from torchvision.models.resnet import BasicBlock, Bottleneck
-from torchvision.models.vision_transformer import EncoderBlock
 
 from locallearn import ConvMLPDecoder, InfoNCE, LocalWrapper, MLPDecoder, TokenDecoder
+from locallearn._policy import runs
+from locallearn._recompute import Run, recomputed
 from locallearn.measure import Cost, measure
 
 
@@ -53,7 +53,7 @@ class Row(NamedTuple):
     name: str
     overlap: int | None
     block: bool = True
-    recompute: bool = False
+    checkpoint: bool | tuple[bool, type[nn.Module]] = False
 
 
 ROWS = [
@@ -61,36 +61,21 @@ ROWS = [
     Row("end-to-end, block + MLP decoder", None),
     Row("LoCo (`overlap=1`)", 1),
     Row("Greedy InfoMax (`overlap=0`)", 0),
-    Row("end-to-end, blocks recomputed", None, recompute=True),
-    Row("LoCo, blocks recomputed", 1, recompute=True),
-    Row("Greedy InfoMax, blocks recomputed", 0, recompute=True),
+    Row("end-to-end, blocks recomputed", None, checkpoint=True),
+    Row("LoCo, blocks recomputed", 1, checkpoint=True),
+    Row("LoCo, blocks and stages recomputed", 1, checkpoint=(True, nn.Sequential)),
+    Row("Greedy InfoMax, blocks recomputed", 0, checkpoint=True),
 ]
 
 
-class Recomputed(nn.Module):
-    """A block that keeps its input only, and runs a second time in the backward."""
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.block = block
-
-    def forward(self, features: Tensor) -> Tensor:
-        result: Tensor = checkpoint(self.block, features, use_reentrant=False)
-        return result
-
-
-def recompute_blocks(backbone: nn.Module) -> None:
-    for module in list(backbone.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, BasicBlock | Bottleneck | EncoderBlock):
-                module.add_module(name, Recomputed(child))
-
-
-def end_to_end_step(backbone: nn.Module, top: str, decoder: nn.Module, images: Tensor) -> None:
-    """A step of plain training, in which nothing of the wrapper takes part."""
+def end_to_end_step(
+    backbone: nn.Module, top: str, decoder: nn.Module, images: Tensor, runs: tuple[Run, ...] = ()
+) -> None:
+    """A step of plain training, in which nothing of the wrapper takes part; ``runs`` are checkpointed."""
     outlets: list[Tensor] = []
     handle = backbone.get_submodule(top).register_forward_hook(lambda module, args, output: outlets.append(output))
-    backbone(images)
+    with recomputed(backbone, runs, lambda: True):
+        backbone(images)
     handle.remove()
     InfoNCE()(*decoder(outlets.pop()).chunk(2)).backward()
 
@@ -100,22 +85,27 @@ def cost(row: Row, arch: str, batch_size: int) -> Cost:
     family = next(family for prefix, family in FAMILIES.items() if arch.startswith(prefix))
     overlap = len(family.stages) - 1 if row.overlap is None else row.overlap
     backbone, fake = get_model(arch), FakeTensorMode()
-    if row.recompute:
-        recompute_blocks(backbone)
     with FakeCopyMode(fake):
         backbone = deepcopy(backbone)
     with fake:
         images = torch.zeros(2 * batch_size, 3, 224, 224)
-        model = LocalWrapper(backbone, family.stages, overlap, family.block if row.block else family.mlp)
+        decoder = family.block if row.block else family.mlp
+        model = LocalWrapper(backbone, family.stages, overlap, decoder, checkpoint=row.checkpoint)
+        chosen = runs(backbone, family.stages, row.checkpoint, images)
 
         def step() -> None:
             if row.overlap is None:
-                end_to_end_step(backbone, family.stages[-1], model.decoders[0], images)
+                end_to_end_step(backbone, family.stages[-1], model.decoders[0], images, chosen)
             else:
                 model.local_step(*images.chunk(2))
 
         step()
         return measure(step)
+
+
+def rows(arch: str) -> list[Row]:
+    """All of them, less those that recompute whole stages where a stage is not one module."""
+    return [row for row in ROWS if arch.startswith("resnet") or not isinstance(row.checkpoint, tuple)]
 
 
 def main() -> None:
@@ -130,14 +120,13 @@ def main() -> None:
     print("| training | GFLOP | | peak, MB | less by | saved, MB | less by |")
     print("|---|--:|--:|--:|--:|--:|--:|")
     base: Cost | None = None
-    for row in ROWS:
+    for row in rows(options.arch):
         now = cost(row, options.arch, options.batch_size)
         base = base or now
-        saved = f"{now.saved_bytes / 1e6:,.0f} | {base.saved_bytes / now.saved_bytes:.2f}x"
         print(
             f"| {row.name} | {now.flops / 1e9:,.0f} | {now.flops / base.flops:.2f}x "
             f"| {now.peak_bytes / 1e6:,.0f} | {base.peak_bytes / now.peak_bytes:.2f}x "
-            f"| {'| ' if row.recompute else saved} |"
+            f"| {now.saved_bytes / 1e6:,.0f} | {base.saved_bytes / now.saved_bytes:.2f}x |"
         )
 
 

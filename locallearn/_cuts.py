@@ -76,18 +76,23 @@ def refuse_compiled(backbone: nn.Module, cuts: Sequence[str] = ()) -> None:
 
 
 @contextmanager
-def hooked(backbone: nn.Module, cuts: Sequence[str], on_outlet: Callable[[int, Any], Any]) -> Iterator[None]:
+def hooked(
+    backbone: nn.Module, cuts: Sequence[str], on_outlet: Callable[[int, Any], Any]
+) -> Iterator[Callable[[], bool]]:
     """While open, a forward of ``backbone`` goes on with ``on_outlet(stage, outlet)`` in place of each stage's outlet.
 
     Only the thread that opened it is concerned, and not what ``on_outlet`` itself runs: a decoder, a loss or another
-    thread that calls the backbone meanwhile finds it plain.
+    thread that calls the backbone meanwhile finds it plain. What is yielded tells whether a call is concerned.
     """
     owner, busy = get_ident(), False
+
+    def concerned() -> bool:
+        return not busy and get_ident() == owner
 
     def hook(stage: int) -> Callable[[nn.Module, Any, Any], Any]:
         def hand_on(module: nn.Module, args: Any, output: Any) -> Any:
             nonlocal busy
-            if busy or get_ident() != owner:
+            if not concerned():
                 return None
             busy = True
             try:
@@ -100,7 +105,7 @@ def hooked(backbone: nn.Module, cuts: Sequence[str], on_outlet: Callable[[int, A
     modules = [backbone.get_submodule(cut) for cut in cuts]
     handles = [module.register_forward_hook(hook(stage)) for stage, module in enumerate(modules)]
     try:
-        yield
+        yield concerned
     finally:
         for handle in handles:
             handle.remove()

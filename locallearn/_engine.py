@@ -13,6 +13,7 @@ from torch.utils.checkpoint import CheckpointError
 from locallearn._cuts import check_order, hooked, one_tensor
 from locallearn._gradients import Sink
 from locallearn._isolation import Isolation
+from locallearn._recompute import Run, recomputed, unhooked
 from locallearn._segment import Segment, cut, leaves, unchanged
 from locallearn.plan import Plan, Unit
 from locallearn.schedules.actions import Action, Train, last_uses
@@ -29,6 +30,7 @@ class LocalPass:
         evaluate: the loss of a unit, a scalar, from the outlet of its last stage.
         sink: where gradients go; ``None`` only evaluates.
         scale: a factor on every loss before its backward.
+        runs: the submodules that are recomputed instead of kept, see :mod:`locallearn._recompute`.
     """
 
     def __init__(
@@ -40,10 +42,12 @@ class LocalPass:
         evaluate: Callable[[int, Tensor], Tensor],
         sink: Sink | None,
         scale: float | Tensor | None = None,
+        runs: Sequence[Run] = (),
     ) -> None:
         self._backbone, self._cuts, self._plan = backbone, cuts, plan
         self._actions, self._last_uses = deque(actions), last_uses(plan, actions)
         self._evaluate, self._sink, self._scale = evaluate, sink, scale
+        self._runs = unhooked(backbone, runs)
         self._isolation = Isolation(backbone, cuts)
         self._ran: list[int] = []
         self._inlet: Tensor | None = None
@@ -54,7 +58,11 @@ class LocalPass:
     def run(self, batch: Tensor) -> list[Tensor]:
         """Runs the backbone on ``batch`` and returns the units' losses, detached scalars."""
         try:
-            with torch.set_grad_enabled(self._sink is not None), hooked(self._backbone, self._cuts, self._outlet):
+            with (
+                torch.set_grad_enabled(self._sink is not None),
+                hooked(self._backbone, self._cuts, self._outlet) as concerned,
+                recomputed(self._backbone, self._runs, concerned),
+            ):
                 self._begin(0)
                 self._backbone(batch)
         except CheckpointError as error:
@@ -145,8 +153,13 @@ class LocalPass:
                 del self._segments[stage]
 
     def _push(self, segment: Segment, box: list[Tensor], inlet: Tensor | None) -> list[Tensor]:
+        """The last backward through a segment, which lets go of its outlet: what is recomputed may not need it."""
         assert self._sink is not None or not box
-        return self._sink.push(segment.seed(box), segment.weights, inlet) if self._sink is not None and box else []
+        if self._sink is None or not box:
+            return []
+        root = segment.seed(box)
+        del segment.outlet
+        return self._sink.push(root, segment.weights, inlet)
 
 
 def _autocast_off(device: str) -> AbstractContextManager[object]:

@@ -50,14 +50,14 @@ def measure(step: Callable[[], object]) -> Cost:
         >>> measure(lambda: (images @ weight).relu().sum().backward())
         Cost(flops=200000, peak_bytes=42008, saved_bytes=2000)
     """
-    flops, live, saved = _Flops(), _LiveBytes(), _SavedBytes()
+    flops, live, saved = Flops(), LiveBytes(), _SavedBytes()
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.pack(tensor, live.size(tensor)), saved.unpack)
     with flops, live, hooks:
         step()
-    return Cost(flops.total, live.peak, saved.peak)
+    return Cost(flops.total, max(live.history), saved.peak)
 
 
-class _Flops(TorchDispatchMode):
+class Flops(TorchDispatchMode):
     """Adds up torch's formulas. Its own FlopCounterMode hooks every module too, and so keeps alive what is recomputed."""
 
     def __init__(self) -> None:
@@ -75,18 +75,17 @@ class _Flops(TorchDispatchMode):
 
 def _convolution_backward(grad: Tensor, images: Tensor, weight: Tensor, *args: Any) -> int:
     """Either gradient costs what the forward did. torch's formula takes a grouped convolution's weight for a dense one."""
-    transposed, output_mask = args[4], args[7]
-    flops: int = conv_flop_count(images.shape, weight.shape, grad.shape, transposed)
-    return flops * sum(output_mask[:2])
+    transposed, (to_images, to_weight, _) = args[4], args[7]
+    flops = conv_flop_count(list(images.shape), list(weight.shape), list(grad.shape), transposed)
+    return flops * (int(to_images) + int(to_weight))
 
 
-class _LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):
     """Follows every storage that an operator makes until it is freed."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.peak = 0
-        self._now = 0
+        self.history = [0]  # after every change
         self._sizes: Any = WeakIdKeyDictionary()  # storages made before the mode was entered count as 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -107,8 +106,7 @@ class _LiveBytes(TorchDispatchMode):
         return size
 
     def _add(self, size: int) -> None:
-        self._now += size
-        self.peak = max(self.peak, self._now)
+        self.history.append(self.history[-1] + size)
 
 
 class _SavedBytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +14,14 @@ from locallearn._cuts import find, refuse_compiled
 from locallearn._engine import LocalPass
 from locallearn._gradients import Accumulate, Collect, Sink
 from locallearn._objective import Loss, concatenated, registered, unit_loss, warn_of_fp16
+from locallearn._policy import Policy, runs
 from locallearn._segment import leaves
 from locallearn._shapes import example_batch, probe
 from locallearn.decoders import ConvMLPDecoder
 from locallearn.distributed import world_size
 from locallearn.losses import InfoNCE
 from locallearn.plan import Plan
+from locallearn.planning import plan_stages, sixty_four
 from locallearn.schedules import Schedule, sequential
 from locallearn.schedules.actions import check
 from locallearn.sharing import Hard, Sharing
@@ -41,7 +43,8 @@ class LocalWrapper(nn.Module):
     Args:
         model: any backbone; it is trained in place, and carries hooks only while a local pass runs.
         stages: the submodules after which a stage ends, in the order in which they run: names (dotted ones too), the
-            modules themselves, or, for an ``nn.Sequential``, child indices.
+            modules themselves, or, for an ``nn.Sequential``, child indices. ``"auto"`` picks four (as many as ``plan`` has)
+            by :func:`locallearn.plan_stages`, for the lowest peak of 64 inputs as large as ``example``.
         overlap: how many stages neighbouring units share.
         decoder: ``decoder(width)`` makes a unit's decoder for an outlet of that many channels; or a list of modules, one
             per unit. See :mod:`locallearn.decoders`.
@@ -50,6 +53,10 @@ class LocalWrapper(nn.Module):
         sharing: ``Hard()`` (default), ``UpperOnly()`` or ``Soft(coefficient)``: the rows of Table 5.
         plan: replaces ``overlap`` and ``sharing``.
         schedule: in what order the plan is carried out: ``sequential`` (least memory) or ``fused``.
+        checkpoint: what runs again in the backward instead of being kept: ``True`` for every block of the backbone and every
+            run of simple layers between blocks, such as the stem; a class of modules such as ``Bottleneck``, or a callable
+            ``module -> bool``; or a tuple of those, one inside of another too. Gradients, random numbers and BatchNorm's
+            statistics stay as they are without it.
         example: a batch that the backbone takes, to find the outlets' widths with; two 224-pixel RGB images by default.
         channel_axis: the axis of the outlets that holds the channels: 1 or -1. By default their shape tells, see
             :func:`locallearn._shapes.channel_axis`. Four-dimensional outlets with channels last reach the decoder with
@@ -82,7 +89,7 @@ class LocalWrapper(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        stages: Sequence[str] | Sequence[int] | Sequence[nn.Module],
+        stages: Sequence[str] | Sequence[int] | Sequence[nn.Module] | Literal["auto"],
         overlap: int = 1,
         decoder: Decoder = ConvMLPDecoder,
         *,
@@ -90,6 +97,7 @@ class LocalWrapper(nn.Module):
         sharing: Sharing | None = None,
         plan: Plan | None = None,
         schedule: Schedule = sequential,
+        checkpoint: Policy = False,
         example: Tensor | Sequence[Tensor] | None = None,
         channel_axis: int | None = None,
     ) -> None:
@@ -104,6 +112,10 @@ class LocalWrapper(nn.Module):
         if channel_axis not in (None, 1, -1):
             raise ValueError(f"channel_axis is 1, -1 or None; got {channel_axis}")
         refuse_compiled(model)
+        if stages == "auto":
+            stages = _automatic(
+                model, plan or (sharing or Hard()).plan(4, overlap), decoder, checkpoint, example, channel_axis
+            )
         self.stages = find(model, stages)
         self.sharing = Hard() if sharing is None else sharing
         self.plan = self.sharing.plan(len(self.stages), overlap) if plan is None else plan
@@ -116,6 +128,7 @@ class LocalWrapper(nn.Module):
         refuse_compiled(model, self.stages)
         outlets = probe(model, self.stages, batch)
         dtype = next((t.dtype for t in model.parameters() if t.is_floating_point()), torch.get_default_dtype())
+        self._runs = runs(model, self.stages, checkpoint, batch)
         self.decoders = attach(decoder, self.plan, self.sharing, outlets, channel_axis, dtype)
         self.loss = registered(InfoNCE() if loss is None else loss, len(self.plan.units))
         self._whole = [outlet.module is not None for outlet in outlets]
@@ -190,7 +203,7 @@ class LocalWrapper(nn.Module):
 
         actions = check(self.plan, self.schedule(self.plan))
         torch.clear_autocast_cache()  # a weight cast under no_grad before would be found there, without its graph
-        local = LocalPass(self.backbone, self.stages, self.plan, actions, evaluate, sink, grad_scale)
+        local = LocalPass(self.backbone, self.stages, self.plan, actions, evaluate, sink, grad_scale, self._runs)
         losses = torch.stack(local.run(batch))
         self.losses = losses
         self._train_penalty(sink, grad_scale)
@@ -204,3 +217,14 @@ class LocalWrapper(nn.Module):
             self.penalty = None if penalty is None else penalty.detach()
             if sink is not None and penalty is not None and penalty.requires_grad:
                 sink.push(penalty if grad_scale is None else penalty * grad_scale, leaves(penalty), None)
+
+
+def _automatic(
+    model: nn.Module, plan: Plan, decoder: Decoder, checkpoint: Policy, example: Any, axis: int | None
+) -> tuple[str, ...]:
+    if not callable(decoder) or isinstance(decoder, nn.Module):
+        raise TypeError(f"stages='auto' needs a decoder= that makes a module from a width; got {decoder!r}")
+    overlap = max(unit.last - unit.first for unit in plan.units)
+    batch = sixty_four(model, example)
+    chosen = plan_stages(model, batch, plan.stages, overlap, decoder=decoder, checkpoint=checkpoint, channel_axis=axis)
+    return chosen.stages

@@ -12,11 +12,16 @@ import locallearn
 PACKAGE = Path(locallearn.__file__).parent
 LAYERS = [  # what stands further down may not import what stands above it, or beside it
     {"__init__", "models"},
+    {"reporting"},
     {"wrapper"},
-    {"_engine", "_attach"},
+    {"planning"},
+    {"_predict"},
+    {"_pieces"},
+    {"_engine", "_attach", "_policy"},
+    {"_chain"},
     {"_shapes", "measure"},
     {"sharing", "_cuts", "_isolation"},
-    {"schedules", "_segment", "_gradients", "_objective", "decoders", "losses"},
+    {"schedules", "_segment", "_recompute", "_gradients", "_objective", "decoders", "losses"},
     {"distributed"},
     {"plan"},
 ]
@@ -64,13 +69,17 @@ def test_the_public_names_are_exactly_these() -> None:
         "InfoNCE",
         "LocalWrapper",
         "MLPDecoder",
+        "MemoryReport",
         "Plan",
         "Soft",
+        "StagePlan",
         "TokenDecoder",
         "Unit",
         "UpperOnly",
         "fused",
         "info_nce",
+        "memory_report",
+        "plan_stages",
         "sequential",
     }
     assert all(hasattr(locallearn, name) for name in locallearn.__all__)

@@ -1,0 +1,177 @@
+"""What each piece of a backbone costs by itself, counted under fake tensors: what predictions are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from copy import deepcopy
+from math import inf
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_leaves
+
+from locallearn._attach import attach
+from locallearn._chain import Link, links
+from locallearn._cuts import hooked
+from locallearn._gradients import Accumulate
+from locallearn._policy import Policy, natural, runs
+from locallearn._recompute import Run, recomputed
+from locallearn._segment import Segment, cut
+from locallearn._shapes import Outlet
+from locallearn.measure import Flops, LiveBytes
+from locallearn.plan import Plan, Unit
+from locallearn.sharing import Hard
+
+
+class Piece(NamedTuple):
+    """A block, or a run of simple layers, between two places where a backbone can be cut. Sizes are in bytes.
+
+    Attributes:
+        end: the submodule after which it ends.
+        shape: of its outlet.
+        flops: of its forward.
+        outlet: size of its outlet.
+        kept: what its graph keeps alive after the forward, the outlet included and the inlet not.
+        forward: the most that is alive during its forward, beside what was before.
+        pull: likewise during a backward to the inlet only, which retains the graph; with the gradient that comes in.
+        push: likewise during the last backward, to weights and inlet.
+        train: the most that a decoder on its outlet takes from its forward to the end of its backward, beside the outlet;
+            infinite where the decoder does not fit.
+        decoder_flops: of that decoder's forward.
+        weights: how many numbers are trained in it.
+    """
+
+    end: str
+    shape: torch.Size
+    flops: int
+    outlet: int
+    kept: int
+    forward: int
+    pull: int
+    push: int
+    train: float
+    decoder_flops: int
+    weights: int
+
+
+def fake_copy(model: nn.Module) -> tuple[nn.Module, FakeTensorMode]:
+    """``model`` without its numbers, which costs no memory and no computation."""
+    mode = fake_mode(model)
+    with FakeCopyMode(mode):
+        return deepcopy(model), mode
+
+
+def fake_mode(model: nn.Module) -> FakeTensorMode:
+    """The mode in which ``model`` lives, or a new one."""
+    modes = [tensor.fake_mode for tensor in model.parameters() if isinstance(tensor, FakeTensor)]
+    return modes[0] if modes else FakeTensorMode()
+
+
+def places(model: nn.Module, batch: Tensor, checkpoint: Policy) -> list[Link]:
+    """Where a stage of ``model`` may end: after a block or a run of simple layers, up to the last map of features.
+
+    What follows that map (pooling, a classifier) is left out, as is a place inside of what ``checkpoint`` recomputes.
+    """
+    chain = links(model, batch)
+    whole = [run[0] for run in runs(model, (), checkpoint, batch)]
+    together = {run[-1]: run for run in natural(model, (), chain)}
+    inside = {name for run in together.values() for name in run[:-1]}
+    open_ = [
+        link
+        for link in chain
+        if link.block not in inside and not any(link.end.startswith(f"{outer}.") for outer in whole)
+    ]
+    maps = [at for at, link in enumerate(open_) if len(link.shape) > 2 and _positions(link.shape) > 1]
+    return open_[: maps[-1] + 1] if maps else open_
+
+
+def _positions(shape: torch.Size) -> int:
+    """Of a feature map, or tokens: all that is neither batch nor channels, whichever axis those have."""
+    return shape[1:].numel() // max(shape[1], shape[-1])
+
+
+def weigh(
+    model: nn.Module,
+    batch: Tensor,
+    ends: Sequence[Link],
+    decoder: Callable[[int], nn.Module] | None,
+    axis: int | None,
+    recompute: Sequence[Run] = (),
+) -> list[Piece]:
+    """Cuts ``model``, a fake copy, at all of ``ends`` and runs every piece forward and backward by itself.
+
+    Without a decoder, ``train`` and ``decoder_flops`` are 0.
+    """
+    pieces: list[Piece] = []
+    live, flops = LiveBytes(), Flops()
+    for weight in model.parameters():
+        weight.grad = torch.zeros_like(weight) if weight.requires_grad else None
+    inlet: Tensor | None = None
+    before, counted = 0, 0  # bytes, FLOPs
+
+    def weighed(stage: int, output: Tensor) -> Tensor:
+        nonlocal inlet, before, counted
+        start = min(live.history[before:])  # once the frames of the piece below have let go of its inlet
+        forward, kept, spent = max(live.history[before:]) - start, live.history[-1] - start, flops.total - counted
+        size = output.untyped_storage().nbytes()
+        pull, push, weights = _backward(live, output, inlet)
+        takes, decoding = (0.0, 0) if decoder is None else _train(output.detach(), decoder, axis)
+        sizes = (size, kept, forward, max(pull - start, kept), push - start, takes)
+        pieces.append(Piece(ends[stage].end, output.shape, spent, *sizes, decoding, weights))
+        inlet, handed_on = cut(output, differentiable=True)
+        before, counted = len(live.history) - 1, flops.total
+        return handed_on
+
+    with ExitStack() as stack:
+        concerned = stack.enter_context(hooked(model, [end.end for end in ends], weighed))
+        stack.enter_context(recomputed(model, recompute, concerned))
+        stack.enter_context(flops)
+        stack.enter_context(live)
+        model(batch)
+    return pieces
+
+
+def _peak(live: LiveBytes, what: Callable[[], object]) -> int:
+    start = len(live.history) - 1
+    what()
+    return max(live.history[start:])
+
+
+def _backward(live: LiveBytes, outlet: Tensor, inlet: Tensor | None) -> tuple[int, int, int]:
+    """The peaks of a backward to the inlet and of the last one, and how many numbers are trained."""
+    segment, pull = Segment(outlet, inlet), 0
+    if inlet is not None:
+        pull = _peak(live, lambda: segment.pull([torch.ones_like(outlet)], retain=True))
+
+    def last() -> None:
+        Accumulate().push(segment.seed([torch.ones_like(outlet)]), segment.weights, inlet)
+
+    return pull, _peak(live, last), sum(weight.numel() for weight in segment.weights)
+
+
+def _train(features: Tensor, decoder: Callable[[int], nn.Module], axis: int | None) -> tuple[float, int]:
+    try:
+        (module,) = attach(decoder, Plan(1, [Unit(0, 0)]), Hard(), [Outlet(features, None)], axis, features.dtype)
+    except ValueError:
+        return inf, 0
+    return train(module, features)
+
+
+def train(decoder: nn.Module, features: Tensor) -> tuple[int, int]:
+    """The most bytes that a decoder on ``features`` takes beside them, and the FLOPs of its forward."""
+    spent = 0
+    for weight in decoder.parameters():
+        weight.grad = torch.zeros_like(weight)
+    leaf, read = cut(features.requires_grad_(), differentiable=True)
+    assert leaf is not None
+    with Flops() as flops, LiveBytes() as live:
+        outputs = tree_leaves(decoder(read))
+        del read
+        spent = flops.total
+        root = torch.stack([output.square().sum() for output in outputs if isinstance(output, Tensor)]).sum()
+        del outputs
+        Accumulate().push(root, list(decoder.parameters()), leaf)
+    return max(live.history), spent
