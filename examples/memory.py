@@ -9,8 +9,9 @@ what all rows share (weights, their gradients, the images) and what a GPU's libr
 is a GPU, a column tells what it really took.
 
 "peak" is the most bytes that are alive at once; "saved" the most that are kept for a backward at once, and "predicted"
-the same from the stages alone: the largest unit's, and its decoder's. The rows "recomputed" put torch.utils.checkpoint
-around every residual or transformer block. What they rebuild during the backward is in the peak, and not in "saved".
+the same from the stages alone: the largest unit's, and its decoder's. What is recomputed in the backward counts for the
+peak only. The rows "blocks recomputed" have checkpoint=True, which recomputes every block, and the stem; "blocks and
+stages recomputed" recompute the stages too, so that of a stage that two units share only its inlet is kept between them.
 
 The paper's 4.56x and 2.76x (ResNet-50: 1.81x and 1.28x) are ratios of peaks to end-to-end training. Its own count of a
 stage is in the column beside ours. It has 128 base channels in PResNet-50's third stage, where its text, its Table 8
@@ -181,7 +182,7 @@ def method_row(setting: Setting, method: Method) -> MethodRow:
         predicted(setting, method, parts(setting, method)),
         cost.saved_bytes,
         1.0,
-        None if method.recompute or method.full_width else PAPER_SAVING.get((setting.arch, method.overlap)),
+        None if method.checkpoint or method.full_width else PAPER_SAVING.get((setting.arch, method.overlap)),
         on_cuda(setting, method) if torch.cuda.is_available() else None,
     )
 
@@ -263,14 +264,12 @@ def show(tables: Tables) -> None:
 
 def markdown(tables: Tables) -> str:
     """The methods as README.md has them."""
-    recomputed = {method.name for method in methods(tables.setting) if method.recompute}
     lines = ["| training | GFLOP | | peak, MB | less by | saved, MB | less by |", "|---|--:|--:|--:|--:|--:|--:|"]
-    for row in tables.methods:
-        saved = "| " if row.method in recomputed else f"{megabytes(row.saved_bytes)} | {row.saved_saving:.2f}x"
-        lines.append(
-            f"| {row.method} | {row.gflop:,.0f} | {row.flops_relative:.2f}x | {megabytes(row.peak_bytes)} "
-            f"| {row.peak_saving:.2f}x | {saved} |"
-        )
+    lines += [
+        f"| {row.method} | {row.gflop:,.0f} | {row.flops_relative:.2f}x "
+        f"| {megabytes(row.peak_bytes)} | {row.peak_saving:.2f}x | {megabytes(row.saved_bytes)} | {row.saved_saving:.2f}x |"
+        for row in tables.methods
+    ]
     return "\n".join(lines)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import TypeAlias
 
@@ -12,22 +12,13 @@ import torch
 from backbones import ARCHITECTURES, Architecture
 from torch import Tensor, UntypedStorage, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
-from torch.utils.checkpoint import checkpoint
-from torchvision.models import resnet, vision_transformer, vit_b_16
+from torchvision.models import vit_b_16
 
 from locallearn import ConvMLPDecoder, InfoNCE, LocalWrapper, MLPDecoder, Plan, TokenDecoder
+from locallearn._policy import runs
+from locallearn._recompute import Run, recomputed
 from locallearn.measure import Cost, measure
-from locallearn.models import progressive, shufflenet
 
-BLOCKS = (
-    resnet.BasicBlock,
-    resnet.Bottleneck,
-    progressive.Basic,
-    progressive.Bottleneck,
-    shufflenet.Split,
-    shufflenet.TwoBranches,
-    vision_transformer.EncoderBlock,
-)
 VIT = Architecture(
     lambda size: vit_b_16(image_size=size), tuple(f"encoder.layers.encoder_layer_{k}" for k in (2, 5, 8, 11))
 )
@@ -36,6 +27,8 @@ COUNTED = {**ARCHITECTURES, "vit_b_16": VIT}  # four equal stages of three trans
 DECODER_WIDTHS = {"presnet50": 128, "presnet50-literal": 128}
 
 Storages: TypeAlias = dict[int, UntypedStorage]  # by id
+Checkpoint: TypeAlias = bool | tuple[bool, type[nn.Module]]  # as LocalWrapper takes it
+BLOCKS_AND_STAGES: Checkpoint = (True, nn.Sequential)
 
 
 @dataclass(frozen=True)
@@ -45,7 +38,7 @@ class Method:
     name: str = field(compare=False)
     overlap: int | None
     block: bool = True  # in the decoder, before its MLP
-    recompute: bool = False
+    checkpoint: Checkpoint = False
     full_width: bool = False  # the decoder as wide as the outlet, whatever the setting says
 
 
@@ -90,6 +83,7 @@ def narrow_decoder(channels: int, width: int | None) -> nn.Module:
 def methods(setting: Setting) -> list[Method]:
     """The rows of the table: end to end, every overlap, and both with recomputation."""
     n = len(setting.stages)
+    whole = setting.stages[0].startswith("layer")  # each stage is one nn.Sequential
     local = [
         Method("LoCo (`overlap=1`)", 1),
         Method("Greedy InfoMax (`overlap=0`)", 0),
@@ -104,41 +98,25 @@ def methods(setting: Setting) -> list[Method]:
         Method("end-to-end, block + MLP decoder", None),
         *local,
         *(wide if setting.decoder_width else []),
-        Method("end-to-end, blocks recomputed", None, recompute=True),
-        *(
-            Method(f"{method.name.split(' (')[0]}, blocks recomputed", method.overlap, recompute=True)
-            for method in local
-        ),
+        Method("end-to-end, blocks recomputed", None, checkpoint=True),
+        *(replace(method, name=f"{short(method)}, blocks recomputed", checkpoint=True) for method in local),
+        *([Method("LoCo, blocks and stages recomputed", 1, checkpoint=BLOCKS_AND_STAGES)] if whole else []),
     ]
+
+
+def short(method: Method) -> str:
+    return method.name.split(" (")[0]
 
 
 # ------------------------------------------------------------------------------------------------------- counted
 
 
-class Recomputed(nn.Module):
-    """A block that keeps its input only, and runs a second time in the backward."""
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.block = block
-
-    def forward(self, features: Tensor) -> Tensor:
-        result: Tensor = checkpoint(self.block, features, use_reentrant=False)
-        return result
-
-
-def recompute_blocks(backbone: nn.Module) -> None:
-    for module in list(backbone.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, BLOCKS):
-                module.add_module(name, Recomputed(child))
-
-
-def end_to_end_step(backbone: nn.Module, top: str, decoder: nn.Module, images: Tensor) -> None:
-    """A step of plain training, in which nothing of the wrapper takes part."""
+def end_to_end_step(backbone: nn.Module, top: str, decoder: nn.Module, images: Tensor, chosen: tuple[Run, ...]) -> None:
+    """A step of plain training, in which nothing of the wrapper takes part; `chosen` is recomputed."""
     outlets: list[Tensor] = []
     handle = backbone.get_submodule(top).register_forward_hook(lambda module, args, output: outlets.append(output))
-    backbone(images)
+    with recomputed(backbone, chosen, lambda: True):
+        backbone(images)
     handle.remove()
     InfoNCE()(*decoder(outlets.pop()).chunk(2)).backward()
 
@@ -146,14 +124,15 @@ def end_to_end_step(backbone: nn.Module, top: str, decoder: nn.Module, images: T
 def new_step(setting: Setting, method: Method, backbone: nn.Module) -> Callable[[], None]:
     """A step on the device of `backbone`, when the gradients of the weights are already there."""
     overlap = len(setting.stages) - 1 if method.overlap is None else method.overlap
-    if method.recompute:
-        recompute_blocks(backbone)
     images = setting.images().to(next(backbone.parameters()).device)
-    model = LocalWrapper(backbone, setting.stages, overlap, setting.decoder(method), example=images[:2])
+    model = LocalWrapper(
+        backbone, setting.stages, overlap, setting.decoder(method), checkpoint=method.checkpoint, example=images[:2]
+    )
     for weight in model.parameters():
         weight.grad = torch.zeros_like(weight)
     if method.overlap is None:
-        return partial(end_to_end_step, backbone, setting.stages[-1], model.decoders[0], images)
+        chosen = runs(backbone, setting.stages, method.checkpoint, images[:2])
+        return partial(end_to_end_step, backbone, setting.stages[-1], model.decoders[0], images, chosen)
     return partial(model.local_step, *images.chunk(2))
 
 
@@ -230,22 +209,23 @@ def parts(setting: Setting, method: Method) -> Parts:
     fake = FakeTensorMode()
     with FakeCopyMode(fake):
         backbone = setting.backbone()
-    if method.recompute:
-        recompute_blocks(backbone)
 
     def end_stage(module: nn.Module, args: object, outlet: Tensor) -> None:
         found.outlets.append(outlet)
         ended = len(found.outlets)
         saved.part = found.stages[ended] if ended < len(setting.stages) else {}  # what follows is not trained
 
+    with fake:
+        images = setting.images()
+        chosen = runs(backbone, setting.stages, method.checkpoint, images[:2])
     for stage in setting.stages:
         backbone.get_submodule(stage).register_forward_hook(end_stage)
     with fake, torch.autograd.graph.saved_tensors_hooks(saved, lambda tensor: tensor):
-        images = setting.images()
         saved.ignore([images])
         saved.ignore_weights(backbone)
         saved.part = found.stages[0]
-        backbone(images)
+        with recomputed(backbone, chosen, lambda: True):
+            backbone(images)
         for outlet, saved.part in zip(found.outlets, found.decoders, strict=True):
             decoder = new_decoder(setting, method, outlet)
             saved.ignore_weights(decoder)

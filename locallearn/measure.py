@@ -75,9 +75,10 @@ class Flops(TorchDispatchMode):
 
 def _convolution_backward(grad: Tensor, images: Tensor, weight: Tensor, *args: Any) -> int:
     """Either gradient costs what the forward did. torch's formula takes a grouped convolution's weight for a dense one."""
-    transposed, (to_images, to_weight, _) = args[4], args[7]
+    transposed: bool = args[4]
+    output_mask: list[bool] = args[7]
     flops = conv_flop_count(list(images.shape), list(weight.shape), list(grad.shape), transposed)
-    return flops * (int(to_images) + int(to_weight))
+    return flops * sum(output_mask[:2])
 
 
 class LiveBytes(TorchDispatchMode):

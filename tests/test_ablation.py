@@ -76,7 +76,7 @@ def test_pretraining_knows_every_row(table: ablation.Ablation) -> None:
 
 def test_mean_and_spread_over_seeds(tmp_path: Path, calls: list[list[str]], capsys: pytest.CaptureFixture[str]) -> None:
     assert decoder_depth.main(two_rows(tmp_path, "--epochs", "7")) == 0
-    printed = capsys.readouterr().out
+    printed = " ".join(capsys.readouterr().out.split())
     gim, loco = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert gim["mean"] == pytest.approx(5)
     assert loco["mean"] == pytest.approx(55)

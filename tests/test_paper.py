@@ -17,7 +17,7 @@ from locallearn.measure import Cost
 
 SIMCLR, END_TO_END = Method("SimCLR", None, block=False), Method("end-to-end, LoCo's decoder", None)
 GIM, LOCO = Method("GIM", 0), Method("LoCo", 1)
-RECOMPUTED_LOCO, RECOMPUTED_END_TO_END = Method("LoCo", 1, recompute=True), Method("", None, recompute=True)
+RECOMPUTED_LOCO, RECOMPUTED_END_TO_END = Method("LoCo", 1, checkpoint=True), Method("", None, checkpoint=True)
 
 
 @pytest.fixture(autouse=True)
