@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypedDict
+from typing import Literal, TypedDict
 
 import numpy as np
 import torch
@@ -110,3 +110,16 @@ class InstanceSet:
     groups: tuple[str, ...]  # of each class, such as "vehicle" of "car"
     photos: tuple[Photo, ...]
     problems: Problems = field(default_factory=Problems)
+
+    def merged(self, into: Literal["none", "group", "all"]) -> InstanceSet:
+        """The same objects in fewer classes: their groups, or one class for all."""
+        if into == "none":
+            return self
+        each = self.groups if into == "group" else len(self.classes) * ("object",)
+        names = tuple(dict.fromkeys(each))
+        label = [0, *(1 + names.index(name) for name in each)]
+
+        def relabelled(photo: Photo) -> Photo:
+            return replace(photo, instances=tuple(replace(one, label=label[one.label]) for one in photo.instances))
+
+        return replace(self, classes=names, groups=names, photos=tuple(map(relabelled, self.photos)))

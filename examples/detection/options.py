@@ -162,7 +162,9 @@ def complete(args: argparse.Namespace, found: InstanceSet, processes: int) -> No
             f"--batch-size {args.batch_size} is larger than the {count} images of {found.name} with instances"
         )
     if args.batch_size % processes:
-        raise DataError(f"--batch-size {args.batch_size} cannot be shared by {processes} processes: take a multiple")
+        raise DataError(
+            f"--batch-size {args.batch_size} cannot be shared by {processes} processes: take a multiple of it"
+        )
     if args.tensorboard:
         summary_writer()
     epochs, iterations = args.epochs, args.iterations

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from instances import InstanceSet, boxes_of, labels_of, masks_of
 from processes import Processes
-from steps import test_images
+from steps import images_to_detect
 from torch import Tensor, nn
 from torchmetrics.detection import MeanAveragePrecision
 from tqdm import tqdm
@@ -38,7 +38,7 @@ def average_precision(
     """
     metric, training = new_metric(), model.training
     model.eval()
-    images = test_images(found, device, workers, processes.rank, processes.size)
+    images = images_to_detect(found, device, workers, processes.rank, processes.size)
     total = len(range(processes.rank, len(found.photos), processes.size))
     shown = None if processes.leads else True
     for photo, image in tqdm(images, total=total, desc="detecting", unit="image", disable=shown, leave=False):

@@ -59,8 +59,12 @@ class Body(nn.Module):
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         outlets = outlets_of(self.backbone, self._stages, images)
-        sizes = [(-(-images.shape[2] // stride), -(-images.shape[3] // stride)) for stride in self.strides]
-        return OrderedDict((str(k), _resized(outlet, size)) for k, (outlet, size) in enumerate(zip(outlets, sizes)))
+        height, width = images.shape[2:]
+        levels = zip(self.strides, outlets, strict=True)
+        return OrderedDict(
+            (str(k), _resized(outlet, (-(-height // stride), -(-width // stride))))
+            for k, (stride, outlet) in enumerate(levels)
+        )
 
 
 class Pyramid(nn.Module):
@@ -81,7 +85,7 @@ class Pyramid(nn.Module):
 
 
 def outlets_of(backbone: nn.Module, stages: list[str], images: Tensor) -> list[Tensor]:
-    """Of one forward, in the stages' order."""
+    """The stages' maps, of one forward."""
     found: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[[nn.Module, object, Tensor], None]:

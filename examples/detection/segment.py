@@ -44,39 +44,36 @@ from tqdm import tqdm
 IGNORED = 255  # in a map of classes: a crowd's pixels
 
 
-def class_map(photo: Photo, new_label: Sequence[int]) -> Tensor:
+def class_map(photo: Photo) -> Tensor:
     """`(H, W)`, uint8: 0 is the background, and of overlapping instances the smaller one is in front."""
     painted = torch.zeros(photo.height, photo.width, dtype=torch.uint8)
     for instance in sorted(photo.instances, key=lambda instance: (not instance.crowd, -instance.area)):
-        value = IGNORED if instance.crowd else new_label[instance.label]
-        painted[masks_of([instance], photo)[0].bool()] = value
+        painted[masks_of([instance], photo)[0].bool()] = IGNORED if instance.crowd else instance.label
     return painted
-
-
-def merged(found: InstanceSet, merge: str) -> tuple[list[int], list[str]]:
-    """The class that each label becomes, and the names of the classes; 0 stays the background."""
-    names = {"none": found.classes, "group": found.groups, "all": len(found.classes) * ("object",)}[merge]
-    classes = ["background", *dict.fromkeys(names)]
-    if len(classes) > IGNORED:
-        raise DataError(f"there are {len(classes)} classes, more than {IGNORED}: use --merge group")
-    return [0, *(classes.index(name) for name in names)], classes
 
 
 def batches(
     args: argparse.Namespace,
     encoder: Encoder,
     photos: Sequence[Photo],
-    new_label: Sequence[int],
     order: Iterator[Tensor],
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Square images as the backbone takes them `(N, 3, S, S)`, and their maps of classes `(N, S, S)`."""
-    square = [args.size, args.size]
     for indices in order:
         chosen = [photos[index] for index in indices.tolist()]
-        images = torch.stack([V.resize(photo.read(), square, antialias=True) for photo in chosen]).to(args.device)
-        maps = [class_map(photo, new_label)[None] for photo in chosen]
-        maps = torch.cat([V.resize(each, square, InterpolationMode.NEAREST) for each in maps])
-        yield normalised(images.float() / 255, encoder.mean, encoder.std), maps.long().to(args.device)
+        pairs = [square_pair(photo, args.size) for photo in chosen]
+        images, maps = (torch.stack(each).to(args.device) for each in zip(*pairs, strict=True))
+        yield normalised(images.float() / 255, encoder.mean, encoder.std), maps.long()
+
+
+def square_pair(photo: Photo, size: int) -> tuple[Tensor, Tensor]:
+    """An image `(3, S, S)` and its map of classes `(S, S)`, uint8; a file that cannot be read is grey, and does not count."""
+    try:
+        image = V.resize(photo.read(), [size, size], antialias=True)
+    except DataError as problem:
+        print(f"warning: {problem}; it does not count", file=sys.stderr)
+        return torch.full((3, size, size), 128, dtype=torch.uint8), torch.full((size, size), IGNORED, dtype=torch.uint8)
+    return image, V.resize(class_map(photo)[None], [size, size], InterpolationMode.NEAREST)[0]
 
 
 class Heads(nn.ModuleList):
@@ -103,8 +100,10 @@ def intersection_over_union(confusion: Tensor) -> float:
 def read_out(
     args: argparse.Namespace, encoder: Encoder, found: InstanceSet, held_out: InstanceSet
 ) -> tuple[list[float], list[str]]:
-    """mIoU of each stage on the held-out images, and the names of the classes."""
-    new_label, classes = merged(found, args.merge)
+    """The mIoU of each stage on the held-out images, and the names of the classes."""
+    classes = ["background", *found.classes]
+    if len(classes) > IGNORED:
+        raise DataError(f"there are {len(classes)} classes, more than {IGNORED}: use --merge group")
     photos, backbone, stages = trainable(found.photos), encoder.backbone, list(encoder.stages)
     size = min(args.batch_size, len(photos))
     draws = Draws(len(photos), size, args.epochs * (len(photos) // size), args.seed)
@@ -118,31 +117,31 @@ def read_out(
     optimizer = torch.optim.Adam(heads.parameters(), lr=args.lr)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(draws))
     order = (indices for _, indices in draws)
-    progress = tqdm(batches(args, encoder, photos, new_label, order), total=len(draws), unit="step", dynamic_ncols=True)
+    progress = tqdm(batches(args, encoder, photos, order), total=len(draws), unit="step", dynamic_ncols=True)
     for images, maps in progress:
         with torch.no_grad():
             outlets = outlets_of(backbone, stages, images)
-        losses = torch.stack([F.cross_entropy(each, maps, ignore_index=IGNORED) for each in heads(outlets, args.size)])
-        losses.nan_to_num().sum().backward()  # nan where all pixels are a crowd's
+        counted = (maps != IGNORED).sum().clamp(min=1)
+        sums = [F.cross_entropy(s, maps, ignore_index=IGNORED, reduction="sum") for s in heads(outlets, args.size)]
+        losses = torch.stack(sums) / counted
+        losses.sum().backward()
         optimizer.step()
         optimizer.zero_grad()
         scheduler.step()
         progress.set_postfix_str(" ".join(f"{loss:.2f}" for loss in losses.tolist()), refresh=False)
-    return measured(args, encoder, held_out, heads.eval(), new_label, len(classes)), classes
+    return measured(args, encoder, held_out, heads.eval(), len(classes)), classes
 
 
 @torch.no_grad()
-def measured(
-    args: argparse.Namespace, encoder: Encoder, found: InstanceSet, heads: Heads, new_label: list[int], classes: int
-) -> list[float]:
+def measured(args: argparse.Namespace, encoder: Encoder, found: InstanceSet, heads: Heads, classes: int) -> list[float]:
     confusions = torch.zeros(len(heads), classes, classes, dtype=torch.int64)
     order = iter(torch.arange(len(found.photos)).split(args.batch_size))
-    for images, maps in batches(args, encoder, found.photos, new_label, order):
+    for images, maps in batches(args, encoder, found.photos, order):
         counted = maps != IGNORED
         outlets = outlets_of(encoder.backbone, list(encoder.stages), images)
         for confusion, scores in zip(confusions, heads(outlets, args.size), strict=True):
             pairs = maps[counted] * classes + scores.argmax(dim=1)[counted]
-            confusion += torch.bincount(pairs, minlength=classes**2).reshape(classes, classes).cpu()
+            confusion.add_(torch.bincount(pairs, minlength=classes**2).reshape(classes, classes).cpu())
     return [intersection_over_union(confusion) for confusion in confusions]
 
 
@@ -182,7 +181,6 @@ def parser() -> Parser:
     add_start_arguments(result)
     add("--image-size", type=at_least(4), metavar="PIXELS", help="that --random is built for (224)")
     add_data_arguments(result)
-    add("--merge", choices=["none", "group", "all"], default="none", help="classes, supercategories, object or not")
     add("--size", type=at_least(16), default=224, metavar="PIXELS", help="a side of the images (%(default)s)")
     add("--epochs", type=at_least(1), default=20, metavar="N", help="(%(default)s)")
     add("--batch-size", type=at_least(2), default=16, metavar="N", help="(%(default)s)")

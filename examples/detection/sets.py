@@ -22,6 +22,8 @@ def add_data_arguments(parser: Parser) -> None:
         text = f"images and a json in COCO's format, in place of DIR's {part} part"
         add(f"--{part}", type=Path, nargs=2, metavar=("IMAGES", "JSON"), help=text)
     add("--split", type=Path, metavar="JSON", help="train on the images that splits.py chose")
+    text = "of the objects: as they are, their groups (COCO's supercategories), or one for all (%(default)s)"
+    add("--merge", choices=["none", "group", "all"], default="none", help=f"classes {text}")
 
 
 def load_part(args: argparse.Namespace, part: Literal["train", "val"], tell: bool = True) -> InstanceSet:
@@ -41,7 +43,7 @@ def load_part(args: argparse.Namespace, part: Literal["train", "val"], tell: boo
     if tell:
         for line in found.problems.lines():
             print(f"warning: {found.name}: {line}", file=sys.stderr)
-    return found
+    return found.merged(args.merge)
 
 
 def read_split(path: Path) -> list[int | str]:

@@ -36,7 +36,7 @@ def training_batches(
         yield [_floats(image, device) for image in images], moved
 
 
-def test_images(
+def images_to_detect(
     found: InstanceSet, device: torch.device, workers: int, first: int = 0, every: int = 1
 ) -> Iterator[tuple[Photo, Tensor | None]]:
     """Images `first`, `first + every`, ... in order, `(3, H, W)` in 0..1; `None` where the file cannot be read."""
