@@ -173,7 +173,7 @@ def _mask(segmentation: Any, height: int, width: int) -> Mask:
         else:
             mask = {"size": [height, width], "counts": counts.encode()}
         coco_mask.decode(mask)  # checks it
-    except (ValueError, TypeError, AttributeError, OverflowError) as problem:
+    except (ValueError, TypeError, AttributeError, OverflowError, RuntimeError) as problem:
         raise BrokenError("with a mask whose run lengths do not fill the image") from problem
     return mask
 

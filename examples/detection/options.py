@@ -174,7 +174,8 @@ def complete(args: argparse.Namespace, found: InstanceSet, processes: int) -> No
     args.lr = 0.02 * args.batch_size / BATCH if args.lr is None else args.lr
     args.warm_up = min(500, args.steps // 10) if args.warm_up is None else args.warm_up
     args.drops = [round(part * args.steps) for part in schedule.drops]
+    largest = max(args.shorter or schedule.shorter)
+    args.longest = args.longest or round(schedule.longest * largest / max(schedule.shorter))
     args.shorter = args.shorter or list(schedule.shorter)
-    args.longest = args.longest or max(schedule.longest, 2 * max(args.shorter))
-    if args.longest < max(args.shorter):
-        raise DataError(f"--longest {args.longest} is less than --shorter {max(args.shorter)}")
+    if args.longest < largest:
+        raise DataError(f"--longest {args.longest} is less than --shorter {largest}")
