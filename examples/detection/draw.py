@@ -1,7 +1,7 @@
 """Figure 4: what the detectors find in images, `python examples/detection/draw.py runs/det-loco --data data/coco`.
 
 A row per image; the ground truth on the left, then each run that is named, such as SimCLR, Greedy InfoMax and LoCo side by
-side. A class has the same colour everywhere. Writes a PNG to `--out`.
+side. A class has the same colour everywhere; where there is but one, its objects differ. Writes a PNG to `--out`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from sets import add_data_arguments, load_part
 from torch import Tensor
 
 INCHES = 3.4  # a panel's width
-VEIL = 0.4  # of a mask's colour over the image
+TALLEST = 0.8  # of its width, a panel's height
+VEIL = 0.45  # of a mask's colour over the image
 PALETTE = [colour for name in ("tab10", "Dark2", "Set1") for colour in colormaps[name].colors]
 
 
@@ -61,7 +62,7 @@ def draw(
     rows: Sequence[tuple[Tensor, Sequence[Drawn]]], headings: Sequence[str], classes: Sequence[str], path: Path
 ) -> None:
     """`rows`: an image, uint8 `(3, H, W)`, and what to draw in it, a panel for each of `headings`."""
-    heights = [image.shape[1] / image.shape[2] for image, _ in rows]
+    heights = [min(TALLEST, image.shape[1] / image.shape[2]) for image, _ in rows]
     with rc_context(STYLE):
         figure = Figure(figsize=(INCHES * len(headings), INCHES * sum(heights) + 0.4), layout="constrained")
         figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.0, hspace=0.0)
@@ -75,22 +76,26 @@ def draw(
 
 
 def fill(panel: Axes, image: Tensor, drawn: Drawn, classes: Sequence[str]) -> None:
-    pixels = image.permute(1, 2, 0).numpy() / 255  # (H, W, 3)
+    original = image.permute(1, 2, 0).numpy() / 255  # (H, W, 3)
+    pixels = original.copy()
     order = drawn.masks.flatten(1).sum(dim=1).argsort(descending=True).tolist()  # small ones in front
+    colours = [PALETTE[(int(drawn.labels[k]) - 1 if len(classes) > 1 else k) % len(PALETTE)] for k in range(len(order))]
     for k in order:
-        pixels[drawn.masks[k].numpy()] *= 1 - VEIL
-        pixels[drawn.masks[k].numpy()] += VEIL * np.array(colour_of(int(drawn.labels[k])))
-    panel.imshow(pixels.clip(0, 1), interpolation="lanczos")
+        mask = drawn.masks[k].numpy()
+        pixels[mask] = (1 - VEIL) * original[mask] + VEIL * np.array(colours[k])
+    panel.imshow(pixels, interpolation="lanczos")
     for k in order:
-        colour, mask = colour_of(int(drawn.labels[k])), drawn.masks[k].numpy()
+        mask = drawn.masks[k].numpy()
         x1, y1, x2, y2 = drawn.boxes[k].tolist()
         if mask.any() and not mask.all():
-            panel.contour(mask.astype(float), levels=[0.5], colors=[colour], linewidths=0.9)
-        panel.add_patch(Rectangle((x1 - 0.5, y1 - 0.5), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linewidth=0.9))
+            panel.contour(mask.astype(float), levels=[0.5], colors=[colours[k]], linewidths=0.8)
+        panel.add_patch(
+            Rectangle((x1 - 0.5, y1 - 0.5), x2 - x1, y2 - y1, fill=False, edgecolor=colours[k], linewidth=0.8)
+        )
         text = classes[int(drawn.labels[k]) - 1]
         if drawn.scores is not None:
             text += f" {100 * drawn.scores[k]:.0f}"
-        name(panel, text, x1, y1, colour, image)
+        name(panel, text, x1, y1, colours[k], image)
     panel.set(xlim=(-0.5, image.shape[2] - 0.5), ylim=(image.shape[1] - 0.5, -0.5))
     panel.set_axis_off()
 
@@ -105,14 +110,10 @@ def name(panel: Axes, text: str, x: float, y: float, colour: tuple[float, ...], 
         fontsize=6,
         color="white",
         va="top" if below else "bottom",
-        bbox={"boxstyle": "square,pad=0.15", "facecolor": colour, "edgecolor": "none", "alpha": 0.85},
+        bbox={"boxstyle": "square,pad=0.15", "facecolor": colour, "edgecolor": "none", "alpha": 0.8},
         clip_on=True,
     )
     label.set_path_effects([patheffects.withStroke(linewidth=0.6, foreground=INK)])
-
-
-def colour_of(label: int) -> tuple[float, ...]:
-    return PALETTE[(label - 1) % len(PALETTE)]
 
 
 def chosen(found: InstanceSet, names: Sequence[str] | None, count: int) -> list[Photo]:
