@@ -156,7 +156,8 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
             )
         came_to_the_end = train(args, processes, images, training, steps)
     if not came_to_the_end:
-        again = shlex.join(["python", "examples/pretrain.py", *argv, *([] if args.resume else ["--resume", "auto"])])
+        launcher = ["python"] if processes.size == 1 else ["torchrun", "--nproc-per-node", str(processes.size)]
+        again = shlex.join([*launcher, "examples/pretrain.py", *argv, *([] if args.resume else ["--resume", "auto"])])
         if processes.leads:
             print(f"\nstopped and saved after step {training.step} of {steps}; go on with: {again}", file=sys.stderr)
         return 130

@@ -16,7 +16,7 @@ from progress import summary_writer
 from runs import FORMATS
 from training import AMP
 
-DEFAULT_ARCH = "presnet_small" if "presnet_small" in ARCHITECTURES else "resnet18"
+DEFAULT_ARCH = "presnet_small"
 DIGITS = 32  # pixels a side: 8 leave nothing to stages that halve them
 
 RESULTS_DEPEND_ON = (
@@ -93,9 +93,7 @@ def parser() -> Parser:
     add("--amp", choices=["off", *AMP], default="off", help="mixed precision (%(default)s)")
     add("--norm", choices=["batch", "group"], default="batch", help="GroupNorm in place of BatchNorm (%(default)s)")
     add("--sync-bn", action="store_true", help="BatchNorm over the images of all processes; on GPUs")
-    add(
-        "--compile", action="store_true", help="compile the decoders; hooks inside of a compiled backbone would not run"
-    )
+    add("--compile", action="store_true", help="compile the decoders (not the backbone, which is cut by hooks)")
     add("--augment-on", choices=["device", "worker"], default="device", help="where views are made (%(default)s)")
     add("--workers", type=at_least(0), default=0, metavar="N", help="processes that read images (%(default)s)")
     add("--seed", type=at_least(0), default=0, metavar="N", help="of weights, views and order (%(default)s)")

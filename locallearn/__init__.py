@@ -1,13 +1,18 @@
 """Train networks locally, stage by stage: LoCo, Greedy InfoMax and SimCLR on any PyTorch backbone."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from locallearn.decoders import ConvMLPDecoder, MLPDecoder, TokenDecoder
 from locallearn.losses import InfoNCE, info_nce
 from locallearn.plan import Plan, Unit
-from locallearn.planning import StagePlan, plan_stages
-from locallearn.reporting import MemoryReport, memory_report
 from locallearn.schedules import fused, sequential
 from locallearn.sharing import Hard, Soft, UpperOnly
 from locallearn.wrapper import LocalWrapper
+
+if TYPE_CHECKING:
+    from locallearn.planning import StagePlan, plan_stages
+    from locallearn.reporting import MemoryReport, memory_report
 
 __version__ = "0.1.0"
 
@@ -30,3 +35,22 @@ __all__ = [
     "plan_stages",
     "sequential",
 ]
+
+# What counts needs fake tensors and torch's formulas for FLOPs, which take ten times as long to import as all the rest.
+_LATER = {
+    "MemoryReport": "locallearn.reporting",
+    "StagePlan": "locallearn.planning",
+    "memory_report": "locallearn.reporting",
+    "plan_stages": "locallearn.planning",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = getattr(import_module(_LATER[name]), name)
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -70,6 +70,14 @@ class LocalPass:
                 "checkpointing failed, as it does where a stage ends inside of a checkpointed function. Checkpoint parts of a "
                 f"stage, so that none of the cuts lies inside of one: {list(self._cuts)}"
             ) from error
+        except RuntimeError as error:
+            if "donated buffer" not in str(error):
+                raise
+            raise RuntimeError(
+                "a stage that several units share is differentiated more than once, but a part of it went through torch.compile, "
+                "which overwrites what it has saved in its first backward. Set torch._functorch.config.donated_buffer = False "
+                "before anything is compiled"
+            ) from error
         check_order(self._cuts, self._ran, self._backbone)
         return [self._losses[k] for k in range(len(self._plan.units))]
 

@@ -21,7 +21,6 @@ from locallearn.decoders import ConvMLPDecoder
 from locallearn.distributed import world_size
 from locallearn.losses import InfoNCE
 from locallearn.plan import Plan
-from locallearn.planning import plan_stages, sixty_four
 from locallearn.schedules import Schedule, sequential
 from locallearn.schedules.actions import check
 from locallearn.sharing import Hard, Sharing
@@ -224,6 +223,8 @@ def _automatic(
 ) -> tuple[str, ...]:
     if not callable(decoder) or isinstance(decoder, nn.Module):
         raise TypeError(f"stages='auto' needs a decoder= that makes a module from a width; got {decoder!r}")
+    from locallearn.planning import plan_stages, sixty_four  # noqa: PLC0415 - slow to import, see locallearn/__init__.py
+
     overlap = max(unit.last - unit.first for unit in plan.units)
     batch = sixty_four(model, example)
     chosen = plan_stages(model, batch, plan.stages, overlap, decoder=decoder, checkpoint=checkpoint, channel_axis=axis)
