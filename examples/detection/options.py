@@ -50,20 +50,8 @@ SCHEDULES = {
 }
 
 RESULTS_DEPEND_ON = (
-    *(
-        "mode",
-        "schedule",
-        "steps",
-        "batch_size",
-        "lr",
-        "weight_decay",
-        "warm_up",
-        "drops",
-        "shorter",
-        "longest",
-        "width",
-    ),
-    *("hidden", "rois", "amp", "seed", "log_every"),
+    *("merge", "mode", "schedule", "steps", "batch_size", "lr", "weight_decay", "warm_up", "drops"),
+    *("shorter", "longest", "width", "hidden", "rois", "amp", "seed", "log_every"),
 )
 
 

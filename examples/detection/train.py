@@ -28,6 +28,7 @@ import argparse
 import shlex
 import sys
 import time
+import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
 from math import isfinite
@@ -139,12 +140,12 @@ def train(args: argparse.Namespace, processes: Processes, found: InstanceSet, tr
             images, targets = next(batches)
             torch.manual_seed(
                 seed_of(args.seed, training.step, DROPOUT + rank)
-            )  # RoIs and scales are drawn in the model
+            )  # of what the model draws: RoIs, scales
             lr = training.optimizer.param_groups[0]["lr"]
             losses = step(args, training, model, images, targets)
             progress.step()
             stop = asked() and processes.size == 1  # several processes agree on it when they log
-            if training.step % args.log_every == 0 or training.step == args.steps or stop:
+            if training.step % args.log_every == 0 or training.step == args.steps:
                 told = processes.mean(torch.cat([losses, losses.new_tensor([asked()])])).tolist()
                 stop, healthy = stop or told[-1] > 0, all(map(isfinite, told))
                 epoch = training.step / (len(photos) // args.batch_size)
@@ -193,38 +194,38 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
             write_settings(args.out, settings | about)
             cut_log(args.out, training.step)
             weights = sum(weight.numel() for weight in training.model.parameters() if weight.requires_grad)
-            images = len(trainable(found.photos))
-            print(
-                f"{found.name}: {images} images; {args.steps} steps of {args.batch_size}; {weights:,} weights are trained"
-            )
+            images = f"{len(trainable(found.photos))} images of {found.name}"
+            print(f"{images}; {args.steps} steps of {args.batch_size}; {weights:,} weights are trained")
         if not train(args, processes, found, training):
-            again = shlex.join(
-                ["python", "examples/detection/train.py", *argv, *([] if args.resume else ["--resume", "auto"])]
-            )
+            again = ["examples/detection/train.py", *argv, *([] if args.resume else ["--resume", "auto"])]
             if processes.leads:
-                print(f"\nstopped and saved after step {training.step}; go on with: {again}", file=sys.stderr)
+                print(
+                    f"\nstopped and saved after step {training.step}; go on with: python {shlex.join(again)}",
+                    file=sys.stderr,
+                )
             return 130
         measured = average_precision(training.model, held_out, args.device, processes, args.workers)
     if processes.leads:
-        weights = {name: value.cpu() for name, value in training.model.state_dict().items()}
-        write(args.out / "detector.pt", lambda path: torch.save(weights, path))
-        results = {
-            **measured,
-            "backbone": encoder.name,
-            "mode": args.mode,
-            "schedule": args.schedule,
-            "seed": args.seed,
-        }
-        results |= {
-            "data": held_out.name,
-            "images": len(held_out.photos),
-            "steps": args.steps,
-            "seconds": training.seconds,
-        }
-        save_json(args.out / "results.json", results | {"problems": held_out.problems.counts})
-        write_settings(args.out, settings | about | {"seconds": training.seconds})
-        print_results([results])
+        finish(args, training, settings | about, held_out, measured)
     return 0
+
+
+def finish(
+    args: argparse.Namespace,
+    training: Training,
+    settings: dict[str, Any],
+    held_out: InstanceSet,
+    measured: dict[str, dict[str, float]],
+) -> None:
+    """Write the detector's weights, what it reached and how long it took; print the table."""
+    weights = {name: value.cpu() for name, value in training.model.state_dict().items()}
+    write(args.out / "detector.pt", lambda path: torch.save(weights, path))
+    results = measured | {name: settings[name] for name in ("backbone", "mode", "schedule", "seed", "steps")}
+    results |= {"data": held_out.name, "images": len(held_out.photos), "problems": held_out.problems.counts}
+    results["seconds"] = training.seconds
+    save_json(args.out / "results.json", results)
+    write_settings(args.out, settings | {"seconds": training.seconds})
+    print_results([results])
 
 
 def settings_of(args: argparse.Namespace, processes: Processes, encoder: Encoder, found: InstanceSet) -> dict[str, Any]:
@@ -238,6 +239,8 @@ def settings_of(args: argparse.Namespace, processes: Processes, encoder: Encoder
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
+    # a step that the scaler skips, as fp16's first ones often are, is none of the optimiser's
+    warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step\\(\\)` before", category=UserWarning)
     arguments = parser()
     args = arguments.parse_args(argv)
     try:
