@@ -39,7 +39,8 @@ class Encoder:
     settings: dict[str, Any]  # of its run
 
 
-def add_arguments(parser: Parser) -> None:
+def add_start_arguments(parser: Parser) -> None:
+    """Which encoder: what `encoder_of` reads."""
     add = parser.add_argument
     add(
         "run", type=Path, nargs="?", metavar="RUN", help="a run's directory, its backbone.pt, or one of its checkpoints"
@@ -50,6 +51,11 @@ def add_arguments(parser: Parser) -> None:
         "--weights", metavar="NAME", help="torchvision's of --arch: DEFAULT, IMAGENET1K_V1, ...; or a file"
     )
     start.add_argument("--random", action="store_true", help="random weights of --arch")
+
+
+def add_arguments(parser: Parser) -> None:
+    add_start_arguments(parser)
+    add = parser.add_argument
     add("--data", metavar="NAME", help=f"{NAMES} (RUN's own, or digits)")
     add("--data-dir", type=Path, metavar="DIR", help="where torchvision's data sets are (RUN's own, or data)")
     add("--download", action="store_true", help="download the data set to --data-dir if it is not there")
@@ -72,12 +78,17 @@ def add_arguments(parser: Parser) -> None:
     add("--out", type=Path, metavar="DIR", help="where the results go (RUN's directory, or runs/ARCH-WEIGHTS)")
 
 
+def encoder_of(args: argparse.Namespace) -> Encoder:
+    """The encoder that the arguments name. Raises `DataError` in one line."""
+    return _of_run(args) if args.run else _of_torchvision(args)
+
+
 def chosen(args: argparse.Namespace) -> tuple[Encoder, Images | Folder]:
     """The encoder and the images that the arguments name, the encoder on its device."""
     args.device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.threads:
         torch.set_num_threads(args.threads)
-    encoder = _of_run(args) if args.run else _of_torchvision(args)
+    encoder = encoder_of(args)
     name = args.data or encoder.settings.get("data", "digits")
     directory = args.data_dir or Path(encoder.settings.get("data_dir", "data"))
     images = load(name, directory, args.download, encoder.image_size)
