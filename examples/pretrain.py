@@ -22,7 +22,6 @@ import shlex
 import subprocess
 import sys
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from inputs.loading import view_batches
 from inputs.views import Views, grey_views, simclr_views
 from pretraining.collapse import DivergedError, Watch
 from pretraining.draws import DROPOUT, Draws, seed_of
+from pretraining.ending import status_of
 from pretraining.interrupt import interruptible
 from pretraining.pretrain_options import DIGITS, RESULTS_DEPEND_ON, complete, parser
 from pretraining.processes import Processes
@@ -229,23 +229,7 @@ def is_finished(args: argparse.Namespace, settings: dict[str, Any]) -> bool:
 
 
 def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    # a step that the scaler skips, as fp16's first ones often are, is none of the optimiser's
-    warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step\\(\\)` before", category=UserWarning)
-    arguments = parser()
-    args = arguments.parse_args(argv)
-    try:
-        return run(args, argv)
-    except (DataError, DivergedError) as problem:
-        message = str(problem)
-    except OSError as problem:
-        message = f"cannot read or write {problem.filename or args.out}: {problem.strerror or problem}"
-    except KeyboardInterrupt:
-        print("\nstopped; --resume auto goes on from the last checkpoint, if there is one", file=sys.stderr)
-        return 130
-    if Processes.of_torchrun().leads:  # it says it for all
-        arguments.error(message)
-    return 2
+    return status_of(parser(), run, argv)
 
 
 if __name__ == "__main__":

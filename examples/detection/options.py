@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
-from pathlib import Path
 
-from command_line import Parser, at_least, device, number_from
+from command_line import Parser, at_least, number_from
 from detector import Size
 from inputs.images import DataError
 from instances import InstanceSet
-from pretraining.pretrain_options import every
 from pretraining.progress import summary_writer
+from pretraining.run_options import add_run_arguments
 from pretraining.training import AMP
 from reading.encoders import Encoder, add_start_arguments, encoder_of
 from sets import add_data_arguments
@@ -114,19 +113,7 @@ def parser() -> Parser:
     add("--amp", choices=["off", *AMP], default="off", help="mixed precision (%(default)s)")
     add("--workers", type=at_least(0), default=0, metavar="N", help="processes that read images (%(default)s)")
     add("--seed", type=at_least(0), default=0, metavar="N", help="of new weights, order and --random (%(default)s)")
-    add("--device", type=device, help="cpu, cuda, cuda:1, ... (cuda where there is one, one GPU per process)")
-    add("--threads", type=at_least(1), metavar="N", help="of the CPU (torch's choice)")
-    add("--out", type=Path, metavar="DIR", help="where the run goes (runs/detection-BACKBONE-MODE)")
-    add("--resume", choices=["auto"], help="auto: go on after the newest good checkpoint in --out, if there is one")
-    add(
-        "--checkpoint-every",
-        type=every,
-        default=every("10min"),
-        metavar="N",
-        help="steps, or minutes as in 10min (10min)",
-    )
-    add("--log-every", type=at_least(1), default=20, metavar="STEPS", help="(%(default)s)")
-    add("--tensorboard", action="store_true", help="write for it too, to --out/tensorboard")
+    add_run_arguments(result, out="runs/detection-BACKBONE-MODE", log_every=20)
     return result
 
 

@@ -28,7 +28,6 @@ import argparse
 import shlex
 import sys
 import time
-import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
 from math import isfinite
@@ -48,6 +47,7 @@ from precision import average_precision
 from pretrain import commit, is_finished
 from pretraining.collapse import DivergedError
 from pretraining.draws import DROPOUT, Draws, seed_of
+from pretraining.ending import status_of
 from pretraining.interrupt import interruptible
 from pretraining.processes import Processes
 from pretraining.progress import Progress
@@ -238,23 +238,7 @@ def settings_of(args: argparse.Namespace, processes: Processes, encoder: Encoder
 
 
 def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    # a step that the scaler skips, as fp16's first ones often are, is none of the optimiser's
-    warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step\\(\\)` before", category=UserWarning)
-    arguments = parser()
-    args = arguments.parse_args(argv)
-    try:
-        return run(args, argv)
-    except (DataError, DivergedError) as problem:
-        message = str(problem)
-    except OSError as problem:
-        message = f"cannot read or write {problem.filename or args.out}: {problem.strerror or problem}"
-    except KeyboardInterrupt:
-        print("\nstopped; --resume auto goes on from the last checkpoint, if there is one", file=sys.stderr)
-        return 130
-    if Processes.of_torchrun().leads:  # it says it for all
-        arguments.error(message)
-    return 2
+    return status_of(parser(), run, argv)
 
 
 if __name__ == "__main__":

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import NamedTuple
 
 from backbones import ARCHITECTURES
-from command_line import Parser, at_least, device, number_from
+from command_line import Parser, at_least, number_from
 from inputs.images import NAMES, DataError, Images
 
 from pretraining.methods import DECODERS, DEPTHS, LOSSES, METHODS, SHARINGS, overlap_of
 from pretraining.optimisers import RECIPES
 from pretraining.processes import Processes
 from pretraining.progress import summary_writer
+from pretraining.run_options import add_run_arguments
 from pretraining.runs import FORMATS
 from pretraining.training import AMP
 
@@ -25,27 +25,6 @@ RESULTS_DEPEND_ON = (
     *("optimizer", "lr", "weight_decay", "warm_up", "epochs", "batch_size", "accumulate", "augment_on", "seed"),
     "log_every",
 )
-
-
-class Every(NamedTuple):
-    """When a checkpoint is due: after so many steps, or so much time."""
-
-    steps: int | None = None
-    seconds: float | None = None
-
-    def due(self, step: int, seconds: float) -> bool:
-        """At a step, `seconds` after the last checkpoint."""
-        return step % self.steps == 0 if self.steps else seconds >= self.seconds
-
-
-def every(text: str) -> Every:
-    """A type for arguments: 500 (steps) or 10min."""
-    try:
-        if text.endswith("min"):
-            return Every(seconds=60 * number_from(0, above=True)(text.removesuffix("min")))
-        return Every(steps=at_least(1)(text))
-    except argparse.ArgumentTypeError:
-        raise argparse.ArgumentTypeError(f"expected steps such as 500 or minutes such as 10min, got {text!r}") from None
 
 
 def parser() -> Parser:
@@ -98,19 +77,7 @@ def parser() -> Parser:
     add("--augment-on", choices=["device", "worker"], default="device", help="where views are made (%(default)s)")
     add("--workers", type=at_least(0), default=0, metavar="N", help="processes that read images (%(default)s)")
     add("--seed", type=at_least(0), default=0, metavar="N", help="of weights, views and order (%(default)s)")
-    add("--device", type=device, help="cpu, cuda, cuda:1, ... (cuda where there is one, one GPU per process)")
-    add("--threads", type=at_least(1), metavar="N", help="of the CPU (torch's choice)")
-    add("--out", type=Path, metavar="DIR", help="where the run goes (runs/DATA-ARCH-METHOD)")
-    add("--resume", choices=["auto"], help="auto: go on after the newest good checkpoint in --out, if there is one")
-    add(
-        "--checkpoint-every",
-        type=every,
-        default=every("10min"),
-        metavar="N",
-        help="steps, or minutes as in 10min (10min)",
-    )
-    add("--log-every", type=at_least(1), default=10, metavar="STEPS", help="(%(default)s)")
-    add("--tensorboard", action="store_true", help="write for it too, to --out/tensorboard")
+    add_run_arguments(result, out="runs/DATA-ARCH-METHOD", log_every=10)
     add("--format", choices=list(FORMATS), default="pt", help="of the backbone's weights (%(default)s)")
     return result
 
