@@ -87,7 +87,7 @@ def offloaded(net: Net, *views: Tensor) -> None:
 
 
 def _to_host() -> saved_tensors_hooks:
-    """torch's `save_on_cpu`. Of a fake tensor the host gets the shape alone, so that only the device's bytes are counted."""
+    """This is `save_on_cpu`. Of a fake tensor the host gets the shape alone, so that only the device's bytes are counted."""
     hooks = save_on_cpu(pin_memory=torch.cuda.is_available())
 
     def pack(tensor: Tensor) -> Any:
@@ -158,20 +158,21 @@ def doubled_backward(net: Net, *views: Tensor) -> None:
 
 def by_hand(net: Net, *views: Tensor) -> None:
     """LoCo as `local_step` does it, for neighbours that share one stage and without a hook or a check."""
-    inlet, features, waiting = None, torch.cat(views), None
-    below: tuple[int, Tensor] | None = None
-    for s in range(len(net.stages)):
-        inlet = features.detach().requires_grad_(s > 0)
-        outlet = net.stage(s, inlet)
-        if below is not None:
-            gradient = _through_decoder(net, s - 1, outlet)
-            (down,) = torch.autograd.grad(outlet, inlet, gradient, retain_graph=True)
-            total = down if waiting is None else waiting + down
-            torch.autograd.backward(below[1], total, inputs=net.weights(below[0]))
-            waiting = gradient
-        below, features = (s, outlet), outlet
-    assert below is not None
-    torch.autograd.backward(below[1], waiting, inputs=net.weights(below[0]))
+    top = len(net.stages) - 1
+    features = below = net.stage(0, torch.cat(views))  # `below`: the outlet whose stage waits for its last gradient
+    waiting: Tensor | None = None
+    for s in range(1, top + 1):
+        inlet = features.detach().requires_grad_()
+        features = net.stage(s, inlet)
+        gradient = _through_decoder(net, s - 1, features)
+        if s < top:
+            (down,) = torch.autograd.grad(features, inlet, gradient, retain_graph=True)
+        else:
+            torch.autograd.backward(features, gradient, inputs=[*net.weights(s), inlet])
+            assert inlet.grad is not None
+            down = inlet.grad
+        torch.autograd.backward(below, down if waiting is None else waiting + down, inputs=net.weights(s - 1))
+        waiting, below = gradient, features
 
 
 def _through_decoder(net: Net, k: int, outlet: Tensor) -> Tensor:
