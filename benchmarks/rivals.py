@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -29,12 +29,14 @@ class Net:
         decoders: one per unit.
         plan: which stages each unit's loss reaches.
         precision: entered around every forward, such as `partial(torch.autocast, "cpu", torch.bfloat16)`.
+        criterion: the loss of two views' vectors.
     """
 
     stages: Sequence[Sequence[Callable[[Tensor], Tensor]]]
     decoders: Sequence[nn.Module]
     plan: Plan
     precision: Callable[[], AbstractContextManager[Any]] = nullcontext
+    criterion: Callable[[Tensor, Tensor], Tensor] = field(default_factory=InfoNCE)
 
     def stage(self, s: int, features: Tensor) -> Tensor:
         with self.precision():
@@ -52,7 +54,7 @@ class Net:
             return self.decoders[k](features)
 
     def loss(self, k: int, features: Tensor) -> Tensor:
-        return InfoNCE()(*self.embed(k, features).chunk(2))
+        return self.criterion(*self.embed(k, features).chunk(2))
 
     def weights(self, s: int) -> list[Tensor]:
         return [w for block in self.stages[s] if isinstance(block, nn.Module) for w in block.parameters()]
@@ -111,7 +113,7 @@ def gradient_caching(net: Net, *views: Tensor, size: int) -> None:
     with torch.no_grad():
         vectors = torch.cat([net.embed(-1, net.backbone(part)) for part in batch.split(size)])
     vectors.requires_grad_()
-    InfoNCE()(*vectors.chunk(2)).backward()
+    net.criterion(*vectors.chunk(2)).backward()
     assert vectors.grad is not None
     for part, gradient in zip(batch.split(size), vectors.grad.split(size), strict=True):
         net.embed(-1, net.backbone(part)).backward(gradient)
