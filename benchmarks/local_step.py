@@ -10,8 +10,8 @@ are counted under fake tensors at the sizes of `--count-batch-size` and `--count
 most that are kept for a backward. "Fits" is the largest batch, in images of two views each, for which weights, their
 gradients, the views and the peak fit into `--budget`, by a straight line through the peaks at two sizes.
 
-With `--write`, what was measured is kept in `local_step.json` there, network by network and count by count: what is there
-is not counted again, other networks, precisions and modes are added, and the page and its pictures show all of them.
+With `--write`, what was measured is kept in `local_step.json` there, count by count and network by network: nothing is
+counted again while the code is the same, and the page shows all networks, precisions and modes that were ever timed.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import platform
 import shlex
 import sys
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -34,6 +35,8 @@ from overhead import own_seconds, per_stage
 from step_page import pictures, text
 from steps import ROWS, Counts, Setting, Steps, count, cuda_peak, interleaved, largest_batch
 from tqdm import tqdm
+
+import locallearn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
@@ -64,13 +67,15 @@ def measure_times(args: argparse.Namespace, setting: Setting) -> dict[str, Any]:
 
 def measure_counts(args: argparse.Namespace, setting: Setting, known: dict[str, Any]) -> dict[str, Any]:
     """A table's part that does not depend on the machine: per row what a step takes, and the largest batch that fits."""
-    found = {}
+    found, now = {}, f"torch {torch.__version__}, {sources()}"
+    for name in [name for name in known if not name.endswith(now)]:
+        del known[name]
     for key in progress(args.rows, desc=f"{setting.arch}, count"):
         row, sizes = ROWS[key], (setting.batch_size // 2, setting.batch_size)
         both = []
         for images in sizes:
             here = Setting(setting.arch, images, setting.image_size, setting.dtype)
-            name = f"{key} {here.arch} {images} {here.image_size} {here.dtype} torch {torch.__version__}"
+            name = f"{key} {here.arch} {images} {here.image_size} {here.dtype} {now}"
             if name not in known:
                 known[name] = count(here, row, 2 * setting.batch_size // row.parts)
                 save(args)
@@ -78,6 +83,16 @@ def measure_counts(args: argparse.Namespace, setting: Setting, known: dict[str, 
         fits = largest_batch(*zip(sizes, both, strict=True), setting.image_size, 1e9 * args.budget)
         found[key] = {**both[1]._asdict(), "fits": fits}
     return found
+
+
+def sources() -> str:
+    """A mark of everything by which a count can change."""
+    own = Path(__file__).parent
+    files = [
+        *Path(locallearn.__file__).parent.rglob("*.py"),
+        *(own / f"{name}.py" for name in ("networks", "rivals", "steps")),
+    ]
+    return sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()[:12]
 
 
 def save(args: argparse.Namespace) -> None:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
@@ -17,19 +18,20 @@ from figure_style import FAINT, GRID, INK, METHODS, STYLE
 
 
 class Point(NamedTuple):
-    """`family`: a method of `figure_style.METHODS`."""
+    """`family`: a method of `figure_style.METHODS`; what does not `compete` is drawn, but never on the front."""
 
     name: str
     family: str
     time: float
     memory: float
+    competes: bool = True
 
 
 def front(points: Sequence[Point]) -> list[Point]:
     """Those than which none is better in one and at least as good in the other, from the fastest on."""
     best: list[Point] = []
     for point in sorted(points, key=lambda point: (point.time, point.memory)):
-        if not best or point.memory < best[-1].memory:
+        if point.competes and (not best or point.memory < best[-1].memory):
             best.append(point)
     return best
 
@@ -72,13 +74,13 @@ def draw(points: Sequence[Point], title: str, path: Path) -> None:
 
 def _label(panel: Axes, points: Sequence[Point], corners: Sequence[Point]) -> None:
     """Names to the right of their points, pushed down past labels that they would cover."""
-    placed: list[tuple[float, float, float]] = []  # left, right, height; in points of type
-    to_pixels = panel.transData.transform
     scale = 72 / panel.figure.dpi
+    at = {point: [scale * value for value in panel.transData.transform(point[2:4])] for point in points}
+    placed = [(x - 5, x + 5, y) for x, y in at.values()]  # left, right, height; in points of type
     for point in sorted(points, key=lambda point: -point.memory):
-        x, y = (scale * value for value in to_pixels((point.time, point.memory)))
+        x, y = at[point]
         left, right, height = x + 7, x + 7 + 5.2 * len(point.name), y
-        while any(left < end and begin < right and abs(at - height) < 10 for begin, end, at in placed):
+        while any(left < end and begin < right and abs(taken - height) < 10 for begin, end, taken in placed):
             height -= 2
         placed.append((left, right, height))
         panel.annotate(
@@ -89,4 +91,5 @@ def _label(panel: Axes, points: Sequence[Point], corners: Sequence[Point]) -> No
             va="center",
             fontsize=9,
             color=INK if point in corners else FAINT,
+            path_effects=[withStroke(linewidth=3, foreground="white")],
         )

@@ -23,7 +23,7 @@ ADVICE = """\
   costs a second forward too. Checkpointing stages as a whole keeps less between forward and backward, but its peak lies in
   the backward of the largest stage.
 - **A GPU with a fast link to a large host:** `save_on_cpu` computes nothing twice; whether copies hide behind computation is
-  for a measurement on that machine. On a CPU, where the device is the host, its time says nothing about a GPU.
+  for a measurement on that machine. On a CPU the two are one memory: nothing is saved, and its time says nothing about a GPU.
 - **Less memory for hardly any computation:** Greedy InfoMax, at the price of accuracy.
 - **No gradient through the whole network:** LoCo, where stages learn without waiting for those above them, as in a pipeline
   over devices, or where local learning is the question itself. On one device it saves less memory than checkpointing on a
@@ -123,14 +123,20 @@ def _better(table: Table) -> Iterator[str]:
         if ours not in table["times"]:
             continue
         least, fastest = table["counts"][ours]["peak_bytes"], _time(table, ours)
-        smaller = {key for key in table["times"] if ROWS[key].rival and table["counts"][key]["peak_bytes"] < least}
-        faster = {key for key in table["times"] if ROWS[key].rival and _time(table, key) < fastest}
-        yield f"- Better than {ROWS[ours].name} in peak and time: {_names(smaller & faster)}; in peak alone: "
-        yield f"  {_names(smaller - faster)}; in time alone: {_names(faster - smaller)}."
+        keys = [key for key in table["times"] if ROWS[key].rival and _competes(table, key)]
+        smaller = {key for key in keys if table["counts"][key]["peak_bytes"] < least}
+        faster = {key for key in keys if _time(table, key) < fastest}
+        yield f"- Better than {ROWS[ours].name} in peak and time: {_names(smaller & faster)}."
+        yield f"  In peak alone: {_names(smaller - faster)}. In time alone: {_names(faster - smaller)}."
+
+
+def _competes(table: Table, key: str) -> bool:
+    """Whether the peak is that of a machine: on a CPU, what is offloaded lies in the same memory."""
+    return key != "offload" or table["device"] == "cuda"
 
 
 def _names(keys: set[str]) -> str:
-    return ", ".join(ROWS[key].name for key in ROWS if key in keys) or "none"
+    return "; ".join(ROWS[key].name for key in ROWS if key in keys) or "none"
 
 
 def _promises(record: dict[str, Any]) -> Iterator[str]:
@@ -197,6 +203,7 @@ def pictures(record: dict[str, Any], folder: Path) -> None:
                 {0: "Greedy InfoMax", None: "SimCLR"}.get(ROWS[key].overlap, "LoCo"),
                 _time(table, key) / time,
                 table["counts"][key]["peak_bytes"] / peak,
+                _competes(table, key),
             )
             for key in table["times"]
         ]
