@@ -18,11 +18,11 @@ pytest.importorskip("faster_coco_eval")
 pytest.importorskip("torchmetrics")
 pytest.importorskip("rich")
 
+import batches
 import cityscapes
 import coco_on_the_spot
 import segment
 import splits
-import steps
 from coco import parts, read_coco
 from faster_coco_eval.core.mask import encode
 from inputs.images import DataError
@@ -151,7 +151,7 @@ def test_images_with_nothing_but_crowds_are_not_trained_on(made: Path) -> None:
 
     found = read_coco(*changed(made, change))
     assert [photo.id for photo in found.photos] == [100, 101, 102, 103, 104, 105]
-    assert [photo.id for photo in steps.trainable(found.photos)] == [101, 102, 103, 104, 105]
+    assert [photo.id for photo in batches.trainable(found.photos)] == [101, 102, 103, 104, 105]
 
 
 @pytest.mark.parametrize(
@@ -195,10 +195,10 @@ def test_merged_classes_are_the_groups_or_one(made: Path) -> None:
 
 
 def test_mirrored_images_keep_their_boxes_around_their_masks(made: Path) -> None:
-    photos = steps.trainable(read_coco(*parts(made)["train"]).photos)
+    photos = batches.trainable(read_coco(*parts(made)["train"]).photos)
     drawn = [(seed, torch.tensor([1])) for seed in range(6)]
     seen = set()
-    for images, targets in steps.training_batches(photos, drawn, CPU, workers=0):
+    for images, targets in batches.training_batches(photos, drawn, CPU, workers=0):
         plain = photos[1].read() / 255
         mirrored = not torch.equal(images[0], plain)
         seen.add(mirrored)
@@ -216,14 +216,14 @@ def test_an_image_that_breaks_in_the_middle_of_an_epoch_is_named_and_replaced(
     found = read_coco(*parts(made)["train"])
     found.photos[1].path.write_bytes(found.photos[1].path.read_bytes()[:300])
     Image.new("RGB", (8, 8)).save(found.photos[2].path)
-    ((images, _),) = steps.training_batches(found.photos, [(0, torch.tensor([1]))], CPU, workers=0)
+    ((images, _),) = batches.training_batches(found.photos, [(0, torch.tensor([1]))], CPU, workers=0)
     other = found.photos[3].read() / 255
     assert torch.equal(images[0], other) or torch.equal(images[0], other.flip(2))
     first, second = capsys.readouterr().err.splitlines()
     assert re.fullmatch(r"warning: .*1\.jpg is no image that can be read .*; another image is taken", first)
     assert re.fullmatch(r"warning: .*2\.jpg has 8 x 8 pixels, its annotations are for 80 x 64; another .*", second)
 
-    detected = [image is None for _, image in steps.images_to_detect(found, CPU, workers=0)]
+    detected = [image is None for _, image in batches.images_to_detect(found, CPU, workers=0)]
     assert detected == [False, True, True, False, False, False]
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,8 +12,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
 pytest.importorskip("matplotlib", reason="the examples need the extra `examples`")
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-
 import rivals
 from networks import NETWORKS
 from oracle import assert_same, gradients, oracle

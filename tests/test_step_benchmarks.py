@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -12,8 +11,6 @@ import torch
 
 pytest.importorskip("matplotlib", reason="the examples need the extra `examples`")
 pytest.importorskip("tqdm")
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-
 import local_step
 import many_units
 import overhead

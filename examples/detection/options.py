@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
+from batches import trainable
 from command_line import Parser, at_least, number_from
 from detector import Size
 from inputs.images import DataError
@@ -14,7 +15,6 @@ from pretraining.run_options import add_run_arguments
 from pretraining.training import AMP
 from reading.encoders import Encoder, add_start_arguments, encoder_of
 from sets import add_data_arguments
-from steps import trainable
 
 BATCH = 16  # images a step: what the paper's iterations and learning rate are for
 

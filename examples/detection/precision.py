@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.distributed as dist
+from batches import images_to_detect
 from instances import InstanceSet, boxes_of, labels_of, masks_of
 from pretraining.processes import Processes
-from steps import images_to_detect
 from torch import Tensor, nn
 from torchmetrics.detection import MeanAveragePrecision
 from tqdm import tqdm

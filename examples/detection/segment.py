@@ -21,6 +21,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from batches import trainable
 from command_line import Parser, at_least, device, number_from
 from inputs.images import DataError
 from inputs.loading import normalised
@@ -35,7 +36,6 @@ from rich.box import SIMPLE_HEAVY
 from rich.console import Console
 from rich.table import Table
 from sets import add_data_arguments, load_part
-from steps import trainable
 from torch import Tensor, nn
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as V

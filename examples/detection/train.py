@@ -38,6 +38,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from batches import Targets, trainable, training_batches
 from command_line import write
 from detector import LOSSES, Size, mask_rcnn
 from inputs.images import DataError
@@ -56,7 +57,6 @@ from pretraining.training import AMP
 from reading.encoders import Encoder
 from reports import print_results, save_json
 from sets import load_part
-from steps import Targets, trainable, training_batches
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
