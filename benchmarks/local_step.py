@@ -47,9 +47,11 @@ progress = partial(tqdm, leave=False, file=sys.stderr)
 
 def measure_times(args: argparse.Namespace, setting: Setting) -> dict[str, Any]:
     """A table's part that depends on the machine."""
+    if not args.repeats:
+        return {"times": {}, "cuda_peak_bytes": {}, "own_share": None}
     device = args.device
     backbone = setting.network.make(setting.image_size).to(device)
-    steps = Steps(setting, backbone, setting.views(device), args.compile)
+    steps = Steps(setting, backbone, setting.images(device), args.compile)
     chosen = {key: steps.step(ROWS[key]) for key in args.rows}
     cuda = {key: cuda_peak(step) for key, step in chosen.items()} if device == "cuda" else {}
     before = os.times()
@@ -100,6 +102,13 @@ def save(args: argparse.Namespace) -> None:
         write(args.write / "local_step.json", lambda path: path.write_text(json.dumps(args.record, indent=1) + "\n"))
 
 
+def save_page(args: argparse.Namespace) -> None:
+    save(args)
+    if args.write:
+        write(args.write / "local_step.md", lambda path: path.write_text(text(args.record)))
+        pictures(args.record, args.write)
+
+
 def measure_overhead(args: argparse.Namespace) -> dict[str, Any]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -130,7 +139,7 @@ def parser() -> Parser:
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16 by autocast (%(default)s)")
     add("--compile", action="store_true", help="every block and decoder, one by one")
     add("--device", choices=("cpu", "cuda"), default="cuda" if on_gpu else "cpu", help="(%(default)s)")
-    add("--repeats", type=at_least(1), default=5, metavar="N", help="steps of each row (%(default)s)")
+    add("--repeats", type=at_least(0), default=5, metavar="N", help="steps of each row; 0 only counts (%(default)s)")
     add("--batch-size", type=at_least(2), metavar="N", help="images of two views each, timed: 8, and 32 on a GPU")
     add("--image-size", type=at_least(65), metavar="PIXELS", help="of the timed ones: 128, and 224 on a GPU")
     add("--count-batch-size", type=at_least(8), default=32, metavar="N", help="images of two views (%(default)s)")
@@ -173,14 +182,11 @@ def main(argv: list[str] | None = None) -> int:
             **measure_times(args, timed),
         }
         args.record["tables"][f"{arch} {args.dtype} {'compiled' if args.compile else 'eager'} {args.device}"] = table
-        save(args)
-    args.record["overhead"] = measure_overhead(args)
-    save(args)
-    page = text(args.record)
-    print(page)
-    if args.write:
-        write(args.write / "local_step.md", lambda path: path.write_text(page))
-        pictures(args.record, args.write)
+        save_page(args)
+    if args.repeats:
+        args.record["overhead"] = measure_overhead(args)
+        save_page(args)
+    print(text(args.record))
     return 0
 
 

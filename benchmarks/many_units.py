@@ -67,16 +67,16 @@ class Stage(nn.Module):
         return (maps + self.branch(maps)).relu()
 
 
-def new_step(chain: nn.Sequential, overlap: int | None, views: Sequence[torch.Tensor]) -> Step:
+def new_step(chain: nn.Sequential, overlap: int | None, images: torch.Tensor) -> Step:
     """End to end where `overlap` is None."""
     model = LocalWrapper(
-        chain, range(len(chain)), len(chain) - 1 if overlap is None else overlap, MLPDecoder, example=views[0]
+        chain, range(len(chain)), len(chain) - 1 if overlap is None else overlap, MLPDecoder, example=images
     )
     for weight in model.parameters():
         weight.grad = torch.zeros_like(weight)
     if overlap is None:
-        return partial(rivals.end_to_end, Net([[stage] for stage in chain], model.decoders, model.plan), *views)
-    return partial(model.local_step, *views)
+        return partial(rivals.end_to_end, Net([[stage] for stage in chain], model.decoders, model.plan), images)
+    return partial(model.local_step, *images.chunk(2))
 
 
 def peak(chain: nn.Sequential, overlap: int | None, shape: tuple[int, ...]) -> int:
@@ -84,15 +84,15 @@ def peak(chain: nn.Sequential, overlap: int | None, shape: tuple[int, ...]) -> i
     with FakeCopyMode(fake):
         chain = deepcopy(chain)
     with fake:
-        return measure(new_step(chain, overlap, torch.zeros(2, *shape).unbind())).peak_bytes
+        return measure(new_step(chain, overlap, torch.zeros(shape))).peak_bytes
 
 
 def rows(depths: Sequence[int], channels: int, shape: tuple[int, ...], repeats: int) -> list[Row]:
-    """Of chains whose stages work on `channels` channels, with two views of `shape`."""
+    """Of chains whose stages work on `channels` channels, with a batch of `shape`."""
     chains = {depth: nn.Sequential(*[Stage(channels) for _ in range(depth)]) for depth in depths}
-    views = torch.rand(2, *shape).unbind()
+    images = torch.rand(shape)
     steps = {
-        (depth, method): new_step(chain, overlap, views)
+        (depth, method): new_step(chain, overlap, images)
         for depth, chain in chains.items()
         for method, overlap in METHOD_OVERLAPS.items()
     }
@@ -153,9 +153,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    shape = (args.batch_size, args.channels, args.image_size, args.image_size)
+    shape = (2 * args.batch_size, args.channels, args.image_size, args.image_size)
     found = rows(sorted(args.stages), args.channels, shape, args.repeats)
-    print(f"two views of {shape}, {args.threads} threads, torch {torch.__version__}\n\n{table(found)}")
+    print(f"batches of {shape}, {args.threads} threads, torch {torch.__version__}\n\n{table(found)}")
     if args.write:
         args.write.mkdir(parents=True, exist_ok=True)
         record = {"shape": shape, "torch": torch.__version__, "rows": [row._asdict() for row in found]}

@@ -47,9 +47,9 @@ def per_stage(stages: int = 64, repeats: int = 50) -> tuple[float, float]:
     """Microseconds that a stage of LoCo takes in `local_step`, and by hand, on vectors of 8 numbers."""
     net = nn.Sequential(*[Scale() for _ in range(stages)])
     model = LocalWrapper(net, range(stages), 1, lambda width: nn.Identity(), loss=alike, example=torch.rand(2, 8))
-    views = torch.rand(2, 4, 8).unbind()
+    images = torch.rand(8, 8)
     bare = Net([[stage] for stage in net], model.decoders, model.plan, criterion=alike)
-    steps = {"ours": lambda: model.local_step(*views), "by hand": lambda: rivals.by_hand(bare, *views)}
+    steps = {"ours": lambda: model.local_step(*images.chunk(2)), "by hand": lambda: rivals.by_hand(bare, images)}
     times = interleaved(steps, repeats, iter)
     return tuple(1e6 * median(times[key]) / stages for key in steps)
 

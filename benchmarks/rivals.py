@@ -1,6 +1,7 @@
 """What a user would do instead of `LocalWrapper.local_step`, each written out plainly with torch alone.
 
-Every function is a training step: it adds gradients to `.grad`, and keeps no more than it needs.
+Every function is a training step on a batch of images, of which the second half are the second views of the first. It adds
+gradients to `.grad`, and keeps no more than it needs.
 """
 
 from __future__ import annotations
@@ -63,28 +64,28 @@ class Net:
 # ------------------------------------------------------------------------------------------------ end to end
 
 
-def end_to_end(net: Net, *views: Tensor) -> None:
-    net.loss(-1, net.backbone(torch.cat(views))).backward()
+def end_to_end(net: Net, images: Tensor) -> None:
+    net.loss(-1, net.backbone(images)).backward()
 
 
-def blocks_recomputed(net: Net, *views: Tensor) -> None:
+def blocks_recomputed(net: Net, images: Tensor) -> None:
     """Checkpointing of every block, and of the stem. BatchNorm's statistics are updated twice."""
-    end_to_end(replace(net, stages=[[_recomputed(block) for block in stage] for stage in net.stages]), *views)
+    end_to_end(replace(net, stages=[[_recomputed(block) for block in stage] for stage in net.stages]), images)
 
 
-def stages_recomputed(net: Net, *views: Tensor) -> None:
+def stages_recomputed(net: Net, images: Tensor) -> None:
     """Checkpointing of every stage as a whole."""
-    end_to_end(replace(net, stages=[[_recomputed(nn.Sequential(*stage))] for stage in net.stages]), *views)
+    end_to_end(replace(net, stages=[[_recomputed(nn.Sequential(*stage))] for stage in net.stages]), images)
 
 
 def _recomputed(module: nn.Module) -> Callable[[Tensor], Tensor]:
     return partial(checkpoint, module, use_reentrant=False)
 
 
-def offloaded(net: Net, *views: Tensor) -> None:
+def offloaded(net: Net, images: Tensor) -> None:
     """Everything that is kept for backward lies in the host's memory, pinned where there is a GPU."""
     with _to_host():
-        loss = net.loss(-1, net.backbone(torch.cat(views)))
+        loss = net.loss(-1, net.backbone(images))
     loss.backward()
 
 
@@ -103,28 +104,27 @@ def _to_host() -> saved_tensors_hooks:
     return saved_tensors_hooks(pack, unpack)
 
 
-def gradient_caching(net: Net, *views: Tensor, size: int) -> None:
+def gradient_caching(net: Net, images: Tensor, size: int) -> None:
     """The gradient of the whole batch from parts of `size` views, by a second forward (Gao et al., 2021, "GradCache").
 
     First the vectors of all views without a graph, then the loss's gradient at them, then part by part a forward with a
     graph, and its backward from there. Exact where views do not depend on each other: BatchNorm sees one part at a time.
     """
-    batch = torch.cat(views)
     with torch.no_grad():
-        vectors = torch.cat([net.embed(-1, net.backbone(part)) for part in batch.split(size)])
+        vectors = torch.cat([net.embed(-1, net.backbone(part)) for part in images.split(size)])
     vectors.requires_grad_()
     net.criterion(*vectors.chunk(2)).backward()
     assert vectors.grad is not None
-    for part, gradient in zip(batch.split(size), vectors.grad.split(size), strict=True):
+    for part, gradient in zip(images.split(size), vectors.grad.split(size), strict=True):
         net.embed(-1, net.backbone(part)).backward(gradient)
 
 
 # ------------------------------------------------------------------------------------------------ LoCo
 
 
-def forward_per_window(net: Net, *views: Tensor) -> None:
+def forward_per_window(net: Net, images: Tensor) -> None:
     """LoCo, the naive way: every unit runs its stages forward, so that a shared stage runs twice, and backward."""
-    inlet = torch.cat(views)
+    inlet = images
     for k, unit in enumerate(net.plan.units):
         features = above = inlet
         for s in range(unit.first, unit.last + 1):
@@ -137,11 +137,11 @@ def forward_per_window(net: Net, *views: Tensor) -> None:
         loss.backward()
 
 
-def doubled_backward(net: Net, *views: Tensor) -> None:
+def doubled_backward(net: Net, images: Tensor) -> None:
     """LoCo as in the paper: one forward, and every unit's loss backward through its stages with their weights' gradients."""
     inlets: dict[int, Tensor] = {}
     outlets: dict[int, Tensor] = {}
-    features = torch.cat(views)
+    features = images
     for s in range(len(net.stages)):
         inlets[s] = features.detach().requires_grad_(s > 0)
         features = outlets[s] = net.stage(s, inlets[s])
@@ -158,10 +158,10 @@ def doubled_backward(net: Net, *views: Tensor) -> None:
         features = features.detach()
 
 
-def by_hand(net: Net, *views: Tensor) -> None:
+def by_hand(net: Net, images: Tensor) -> None:
     """LoCo as `local_step` does it, for neighbours that share one stage and without a hook or a check."""
     top = len(net.stages) - 1
-    features = below = net.stage(0, torch.cat(views))  # `below`: the outlet whose stage waits for its last gradient
+    features = below = net.stage(0, images)  # `below`: the outlet whose stage waits for its last gradient
     waiting: Tensor | None = None
     for s in range(1, top + 1):
         inlet = features.detach().requires_grad_()

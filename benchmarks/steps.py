@@ -76,19 +76,17 @@ class Setting:
     def network(self) -> Network:
         return NETWORKS[self.arch]
 
-    def views(self, device: str = "cpu") -> tuple[Tensor, ...]:
-        return torch.rand(2, self.batch_size, 3, self.image_size, self.image_size, device=device).unbind()
+    def images(self, device: str = "cpu") -> Tensor:
+        return torch.rand(2 * self.batch_size, 3, self.image_size, self.image_size, device=device)
 
 
 class Steps:
     """Steps of rows on one backbone. Rows with the same plan have the same decoders."""
 
-    def __init__(
-        self, setting: Setting, backbone: nn.Module, views: tuple[Tensor, ...], compiled: bool = False
-    ) -> None:
-        self._setting, self._backbone, self._views, self._compiled = setting, backbone, views, compiled
+    def __init__(self, setting: Setting, backbone: nn.Module, images: Tensor, compiled: bool = False) -> None:
+        self._setting, self._backbone, self._images, self._compiled = setting, backbone, images, compiled
         self._decoders: dict[int, list[nn.Module]] = {}
-        device = views[0].device.type
+        device = images.device.type
         self._precision = partial(torch.autocast, device, setting.dtype, enabled=setting.dtype != torch.float32)
         if compiled:
             compile_blocks(setting.network, backbone)
@@ -104,7 +102,7 @@ class Steps:
             overlap,
             known or network.decoder,
             checkpoint=row.checkpoint,
-            example=self._views[0][:2],
+            example=self._images[:2],
         )
         if known is None:
             self._decoders[overlap] = list(model.decoders)
@@ -122,12 +120,12 @@ class Steps:
             return partial(self._local_step, model)
         net = Net(self._setting.network.blocks(self._backbone), model.decoders, model.plan, self._precision)
         if row.parts == 1:
-            return partial(row.rival, net, *self._views)
-        return partial(row.rival, net, *self._views, size=part_size or 2 * len(self._views[0]) // row.parts)
+            return partial(row.rival, net, self._images)
+        return partial(row.rival, net, self._images, size=part_size or len(self._images) // row.parts)
 
     def _local_step(self, model: LocalWrapper) -> None:
         with self._precision():
-            model.local_step(*self._views)
+            model.local_step(*self._images.chunk(2))
 
 
 def compile_blocks(network: Network, backbone: nn.Module) -> None:
@@ -155,7 +153,7 @@ def count(setting: Setting, row: Row, part_size: int | None = None) -> Counts:
     with FakeCopyMode(fake):
         backbone = deepcopy(_made(setting.arch, setting.image_size))
     with fake:
-        steps = Steps(setting, backbone, setting.views())
+        steps = Steps(setting, backbone, setting.images())
         weights = sum(weight.nbytes for weight in steps.model(row).parameters())
         return Counts(*measure(steps.step(row, part_size)), 2 * weights)
 

@@ -41,7 +41,7 @@ def views(number: int = 6) -> tuple[Tensor, ...]:
 def assert_equal_to_local_step(step: Callable[..., None], model: LocalWrapper, *pair: Tensor) -> None:
     ours = copy.deepcopy(model)
     ours.local_step(*pair)
-    step(plain(model), *pair)
+    step(plain(model), torch.cat(pair))
     assert_same(gradients(model), gradients(ours))
 
 
@@ -85,7 +85,7 @@ def test_recomputed_local_step_has_the_gradients_of_the_plain_one() -> None:
 
 def test_a_forward_per_window_updates_the_statistics_of_shared_stages_twice() -> None:
     model = wrapped(1)
-    rivals.forward_per_window(plain(model), *views())
+    rivals.forward_per_window(plain(model), torch.cat(views()))
     assert [int(stage[0][1].num_batches_tracked) for stage in model.backbone] == [1, 2, 2, 2, 1]  # type: ignore[index]
 
 
@@ -98,8 +98,8 @@ def count(step: Callable[..., None] | None, overlap: int) -> Cost:
     with fake:
         for weight in model.parameters():
             weight.grad = torch.zeros_like(weight)
-        pair = torch.zeros(2, 6, 3, 8, 8).unbind()
-        return measure(lambda: step(plain(model), *pair) if step else model.local_step(*pair))
+        images = torch.zeros(12, 3, 8, 8)
+        return measure(lambda: step(plain(model), images) if step else model.local_step(*images.chunk(2)))
 
 
 def test_ours_computes_less_than_the_doubled_backward_and_that_less_than_a_forward_per_window() -> None:

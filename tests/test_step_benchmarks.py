@@ -72,7 +72,7 @@ def test_every_row_adds_gradients_to_all_that_its_plan_trains(
     setting = Setting("small", 4, 8, dtype)
     for row in ROWS.values():
         backbone = chain()
-        made = Steps(setting, backbone, setting.views())
+        made = Steps(setting, backbone, setting.images())
         model = made.model(row)
         made.step(row)()
         still = [name for name, weight in model.named_parameters() if not weight.grad.any()]  # type: ignore[union-attr]
