@@ -165,8 +165,9 @@ def show(ablation: Ablation, results: Sequence[Results], args: argparse.Namespac
 
 def heading(ablation: Ablation, args: argparse.Namespace) -> str:
     run = pretrain.parser().parse_args(args.pretraining)
+    data = Path(run.data.rpartition(":")[2]).stem
     return (
-        f"{ablation.title}: {run.data}, {run.arch}, {run.epochs} epochs of batch {run.batch_size}, "
+        f"{ablation.title}: {data}, {run.arch}, {run.epochs} epochs of batch {run.batch_size}, "
         f"{args.protocol} linear read-out"
     )
 

@@ -19,10 +19,8 @@ from __future__ import annotations
 import argparse
 import platform
 import shlex
-import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,10 +36,11 @@ from pretraining.processes import Processes
 from pretraining.progress import Progress
 from pretraining.runs import (
     UNREADABLE,
+    commit,
     cut_log,
+    is_finished,
     newest_checkpoint,
     read_log,
-    read_settings,
     save_backbone,
     save_checkpoint,
     write_settings,
@@ -128,7 +127,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
     complete(args, processes, images)
     steps = args.epochs * (len(images.train_labels) // args.batch_size)
     settings = settings_of(args, processes, images)
-    if is_finished(args, settings):
+    if is_finished(args.out, settings, resume=bool(args.resume)):
         if processes.leads:
             print(f"{args.out} is finished")
         return 0
@@ -201,31 +200,6 @@ def about(args: argparse.Namespace, training: Training) -> dict[str, Any]:
         "machine": f"{gpu}, {torch.get_num_threads()} threads, {platform.machine()}",
         "commit": commit(),
     }
-
-
-def commit() -> str | None:
-    """Of this repository, with "-dirty" after it where files were changed; `None` where there is none."""
-    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        found = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return found.stdout.strip()
-
-
-def is_finished(args: argparse.Namespace, settings: dict[str, Any]) -> bool:
-    """Whether `--out` holds this run with its end. Raises `DataError` for another run, or one that was not to be resumed."""
-    if not (args.out / "run.json").exists():
-        args.out.mkdir(parents=True, exist_ok=True)
-        return False
-    before = read_settings(args.out)
-    if not args.resume:
-        raise DataError(f"{args.out} holds a run already: go on with it by --resume auto, or choose another --out")
-    if changed := [
-        f"{name} {before.get(name)}, not {value}" for name, value in settings.items() if before.get(name) != value
-    ]:
-        raise DataError(f"{args.out} holds a run with other settings: {'; '.join(changed)}")
-    return "seconds" in before
 
 
 def main(argv: list[str] | None = None) -> int:

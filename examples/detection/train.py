@@ -45,14 +45,21 @@ from inputs.images import DataError
 from instances import InstanceSet
 from options import RESULTS_DEPEND_ON, complete, parser, start
 from precision import average_precision
-from pretrain import commit, is_finished
 from pretraining.collapse import DivergedError
 from pretraining.draws import DROPOUT, Draws, seed_of
 from pretraining.ending import status_of
 from pretraining.interrupt import interruptible
 from pretraining.processes import Processes
 from pretraining.progress import Progress
-from pretraining.runs import UNREADABLE, cut_log, newest_checkpoint, save_checkpoint, write_settings
+from pretraining.runs import (
+    UNREADABLE,
+    commit,
+    cut_log,
+    is_finished,
+    newest_checkpoint,
+    save_checkpoint,
+    write_settings,
+)
 from pretraining.training import AMP
 from reading.encoders import Encoder
 from reports import print_results, save_json
@@ -175,7 +182,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
         raise DataError(f"{found.name} and {held_out.name} must have the same categories")
     complete(args, found, processes.size)
     settings = settings_of(args, processes, encoder, found)
-    if is_finished(args, settings):
+    if is_finished(args.out, settings, resume=bool(args.resume)):
         if processes.leads:
             print(f"{args.out} is finished")
         return 0

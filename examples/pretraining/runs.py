@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import subprocess
 import sys
 import zipfile
 from dataclasses import dataclass
@@ -103,6 +104,34 @@ def read_settings(directory: Path) -> dict[str, Any]:
 def write_settings(directory: Path, settings: dict[str, Any]) -> None:
     text = json.dumps(settings, indent=1, default=str) + "\n"
     write(directory / "run.json", lambda path: path.write_text(text))
+
+
+def commit() -> str | None:
+    """Of this repository, with "-dirty" after it where files were changed; `None` where there is none."""
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        found = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()
+
+
+def is_finished(directory: Path, settings: dict[str, Any], *, resume: bool) -> bool:
+    """Whether `directory` holds this run with its end; it is made where it is not there.
+
+    Raises `DataError` for another run, or one that was not to be resumed.
+    """
+    if not (directory / "run.json").exists():
+        directory.mkdir(parents=True, exist_ok=True)
+        return False
+    before = read_settings(directory)
+    if not resume:
+        raise DataError(f"{directory} holds a run already: go on with it by --resume auto, or choose another --out")
+    if changed := [
+        f"{name} {before.get(name)}, not {value}" for name, value in settings.items() if before.get(name) != value
+    ]:
+        raise DataError(f"{directory} holds a run with other settings: {'; '.join(changed)}")
+    return "seconds" in before
 
 
 # --------------------------------------------------------------------------------------------------------- checkpoints
