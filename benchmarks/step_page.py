@@ -84,7 +84,8 @@ def _lines(record: dict[str, Any]) -> Iterator[str]:
 
 def _table(table: Table) -> Iterator[str]:
     (images, pixels, repeats), (many, large) = table["timed"], table["counted"]
-    yield f"Counted at two views of {many} images of {large} pixels."
+    eager = ", eager" if table["compiled"] else ""
+    yield f"Counted at two views of {many} images of {large} pixels{eager}."
     if table["times"]:
         yield f"Time at {images} images of {pixels} pixels, {repeats} steps of each row;"
         yield f"{table['processes']:.1f} processors computed meanwhile, at a load average of {table['load']:.1f}."
