@@ -19,18 +19,19 @@ ADVICE = """\
 - **As little memory as possible, and the gradient of the whole network:** gradient caching. Its peak is that of one part, so
   that the batch may grow as it likes, and the negatives stay those of the whole batch, which plain accumulation of gradients
   would change. It costs a second forward, and BatchNorm sees the parts one by one: with it, the result is not the same.
-- **Less memory, the gradient of the whole network, BatchNorm of the whole batch:** checkpointing of blocks, end to end. It
-  costs a second forward too. Checkpointing stages as a whole keeps less between forward and backward, but its peak lies in
-  the backward of the largest stage.
+- **Less memory, the gradient of the whole network, BatchNorm of the whole batch:** checkpointing, end to end. It costs a
+  second forward too. Stages recomputed as a whole keep the least between forward and backward, but the peak lies in the
+  backward of the largest one: lower than that of recomputed blocks only where there are many stages that weigh the same.
 - **A GPU with a fast link to a large host:** `save_on_cpu` computes nothing twice; whether copies hide behind computation is
   for a measurement on that machine. On a CPU the two are one memory: nothing is saved, and its time says nothing about a GPU.
 - **Less memory for hardly any computation:** Greedy InfoMax, at the price of accuracy.
 - **No gradient through the whole network:** LoCo, where stages learn without waiting for those above them, as in a pipeline
-  over devices, or where local learning is the question itself. On one device it saves less memory than checkpointing on a
-  network whose lowest stages hold nearly everything, and more where stages weigh the same; with `checkpoint=True` it keeps
-  less than either.
-- **LoCo in another way than `local_step`:** never for speed. A forward per window computes shared stages twice, and updates
-  their BatchNorm statistics twice; the doubled backward takes their weights' gradients twice.
+  over devices, or where local learning is the question itself. As a way to save memory on one device it is not the best:
+  without recomputation its peak is above that of every checkpointed rival, and with `checkpoint=True` it is below theirs
+  only on networks whose stages weigh about the same (ViT, PResNet-50), for more computation.
+- **LoCo in another way than `local_step`:** not for speed. A forward per window computes shared stages twice, and updates
+  their BatchNorm statistics twice, for a somewhat lower peak, since no gradient waits at an outlet; the doubled backward
+  takes the weights' gradients of shared stages twice.
 """
 
 
@@ -83,7 +84,8 @@ def _lines(record: dict[str, Any]) -> Iterator[str]:
 
 def _table(table: Table) -> Iterator[str]:
     (images, pixels, repeats), (many, large) = table["timed"], table["counted"]
-    yield f"Counted at two views of {many} images of {large} pixels."
+    eager = ", eager" if table["compiled"] else ""
+    yield f"Counted at two views of {many} images of {large} pixels{eager}."
     if table["times"]:
         yield f"Time at {images} images of {pixels} pixels, {repeats} steps of each row;"
         yield f"{table['processes']:.1f} processors computed meanwhile, at a load average of {table['load']:.1f}."
