@@ -63,6 +63,9 @@ PAPER_STAGES = {
 PAPER_SAVING = {("resnet50", 0): 1.81, ("resnet50", 1): 1.28, ("presnet50", 0): 4.56, ("presnet50", 1): 2.76}
 
 
+WIDTH = 120  # characters that the tables need; on a narrower terminal lines wrap, and no number is cut
+
+
 @dataclass(frozen=True)
 class StageRow:
     """Shares are in percent of all stages; None where the paper has no number, or where its count finds no map."""
@@ -214,7 +217,7 @@ def new_table(heading: str, first: str, *columns: str) -> Table:
 
 
 def show(tables: Tables) -> None:
-    console = Console()
+    console = Console(width=max(WIDTH, Console().width))
     stages = new_table(
         f"Stages: {tables.gmacs:.2f}G multiply-accumulates by the paper's count (Table 6), shares in %",
         "stage",

@@ -182,7 +182,7 @@ def draw_memory(rows: Sequence[Saving], path: Path) -> None:
     """A panel per backbone, two bars per training: by all bytes alive, and by those kept for a backward."""
     archs = in_order([row.arch for row in rows])
     most = max(sum(row.arch == arch for row in rows) for arch in archs)
-    title = "Memory of a training step: how many times less than end-to-end SimCLR takes"
+    title = "Memory of a step: times less than end-to-end SimCLR"
     with new_figure(path, 1 + 6 * len(archs), 1.9 + 0.52 * most, title) as figure:
         panels = figure.subplots(1, len(archs), squeeze=False)[0]
         for panel, arch in zip(panels, archs, strict=True):
