@@ -192,7 +192,7 @@ def _overhead(record: dict[str, Any]) -> Iterator[str]:
         yield f"On {overhead['stages']} stages of one weight each, `local_step` with `overlap=1` takes {overhead['ours']:.0f}"
         yield f"microseconds per stage, and the same calls of autograd written out by hand {overhead['by_hand']:.0f}"
         yield f"({overhead['machine']}, one thread). The share of a ResNet-50 step above is the time that a profile finds in"
-        yield "the package's own lines."
+        yield "the package's own lines, whatever the batch."
 
 
 def pictures(record: dict[str, Any], folder: Path) -> None:

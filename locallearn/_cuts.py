@@ -57,29 +57,39 @@ def find(backbone: nn.Module, stages: Sequence[str | int | nn.Module]) -> tuple[
     return tuple(found)
 
 
-def refuse_compiled(backbone: nn.Module, cuts: Sequence[str] = ()) -> None:
-    """Refuses cuts inside of compiled code, where hooks do not run.
+def submodules(backbone: nn.Module, cuts: Sequence[str]) -> list[nn.Module]:
+    """The submodules that ``cuts`` name, none of them inside of compiled code, where hooks do not run.
 
     Raises:
         ValueError: if the backbone, or a submodule that is a cut or holds one, went through ``torch.compile``.
     """
-    for cut in ("", *cuts):
-        module, path = backbone, ""
-        for step in ("", *cut.split(".")):
+    if _is_compiled(backbone):
+        raise ValueError(_COMPILED.format(type(backbone).__name__, "it"))
+    found = []
+    for cut in cuts:
+        module, steps = backbone, cut.split(".")
+        for at, step in enumerate(steps):
             module = module.get_submodule(step)
-            path = f"{path}.{step}".strip(".")
-            if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
-                raise ValueError(
-                    f"{type(backbone).__name__} cannot be cut: {f'its submodule {path!r}' if path else 'it'} was compiled, and "
-                    "hooks inside of compiled code do not run. Give LocalWrapper the module as it was before torch.compile"
-                )
+            if _is_compiled(module):
+                path = ".".join(steps[: at + 1])
+                raise ValueError(_COMPILED.format(type(backbone).__name__, f"its submodule {path!r}"))
+        found.append(module)
+    return found
+
+
+_COMPILED = (
+    "{} cannot be cut: {} was compiled, and hooks inside of compiled code do not run. Give LocalWrapper the module as it was "
+    "before torch.compile"
+)
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return "_orig_mod" in module._modules or module._compiled_call_impl is not None
 
 
 @contextmanager
-def hooked(
-    backbone: nn.Module, cuts: Sequence[str], on_outlet: Callable[[int, Any], Any]
-) -> Iterator[Callable[[], bool]]:
-    """While open, a forward of ``backbone`` goes on with ``on_outlet(stage, outlet)`` in place of each stage's outlet.
+def hooked(ends: Sequence[nn.Module], on_outlet: Callable[[int, Any], Any]) -> Iterator[Callable[[], bool]]:
+    """While open, a forward goes on with ``on_outlet(stage, outlet)`` in place of the outlet of each of ``ends``.
 
     Only the thread that opened it is concerned, and not what ``on_outlet`` itself runs: a decoder, a loss or another
     thread that calls the backbone meanwhile finds it plain. What is yielded tells whether a call is concerned.
@@ -102,8 +112,7 @@ def hooked(
 
         return hand_on
 
-    modules = [backbone.get_submodule(cut) for cut in cuts]
-    handles = [module.register_forward_hook(hook(stage)) for stage, module in enumerate(modules)]
+    handles = [end.register_forward_hook(hook(stage)) for stage, end in enumerate(ends)]
     try:
         yield concerned
     finally:

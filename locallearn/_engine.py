@@ -25,6 +25,7 @@ class LocalPass:
     Args:
         backbone: runs its own ``forward``.
         cuts: the names of the submodules after which the stages end.
+        ends: those submodules.
         plan: what each unit's loss reaches and updates.
         actions: in what order.
         evaluate: the loss of a unit, a scalar, from the outlet of its last stage.
@@ -37,6 +38,7 @@ class LocalPass:
         self,
         backbone: nn.Module,
         cuts: tuple[str, ...],
+        ends: Sequence[nn.Module],
         plan: Plan,
         actions: Sequence[Action],
         evaluate: Callable[[int, Tensor], Tensor],
@@ -44,8 +46,8 @@ class LocalPass:
         scale: float | Tensor | None = None,
         runs: Sequence[Run] = (),
     ) -> None:
-        self._backbone, self._cuts, self._plan = backbone, cuts, plan
-        self._actions, self._last_uses = deque(actions), last_uses(plan, actions)
+        self._backbone, self._cuts, self._ends, self._plan = backbone, cuts, ends, plan
+        self._actions, self._last_uses, self._crossings = deque(actions), last_uses(plan, actions), plan.crossings()
         self._evaluate, self._sink, self._scale = evaluate, sink, scale
         self._runs = unhooked(backbone, runs)
         self._isolation = Isolation(backbone, cuts)
@@ -60,7 +62,7 @@ class LocalPass:
         try:
             with (
                 torch.set_grad_enabled(self._sink is not None),
-                hooked(self._backbone, self._cuts, self._outlet) as concerned,
+                hooked(self._ends, self._outlet) as concerned,
                 recomputed(self._backbone, self._runs, concerned),
             ):
                 self._begin(0)
@@ -99,7 +101,7 @@ class LocalPass:
             while self._actions and isinstance(action := self._actions[0], Train):
                 self._actions.popleft()
                 self._train(action.unit)
-        crossed = any(unit.crosses(stage) and self._walks_below(unit, stage + 1) for unit in self._plan.units)
+        crossed = any(self._walks_below(unit, stage + 1) for unit in self._crossings[stage])
         self._inlet, handed_on = cut(outlet, differentiable=crossed)
         if self._inlet is not None:
             self._isolation.opens(stage + 1, self._inlet)
@@ -123,7 +125,6 @@ class LocalPass:
         with unchanged(segment.outlet, f"the decoder or the loss of unit {k}"):
             leaf, features = cut(segment.outlet, differentiable=self._walks_below(unit, unit.last + 1))
             loss = self._evaluate(k, features)
-            del features
         self._losses[k] = loss.detach()
         with _autocast_off(loss.device.type):
             self._walk(k, self._through_decoder(loss, leaf))
@@ -171,4 +172,6 @@ class LocalPass:
 
 
 def _autocast_off(device: str) -> AbstractContextManager[object]:
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)

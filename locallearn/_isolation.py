@@ -24,6 +24,7 @@ class Isolation:
 
     def opens(self, stage: int, inlet: Tensor) -> None:
         """The graph of ``stage`` begins at ``inlet``."""
+        self._inlets = [(below, known) for below, known in self._inlets if known() is not None]
         self._inlets.append((stage, ref(inlet)))
 
     def claim_stage(self, stage: int, weights: Iterable[Tensor]) -> None:

@@ -126,7 +126,7 @@ def weigh(
         return handed_on
 
     with ExitStack() as stack:
-        concerned = stack.enter_context(hooked(model, [end.end for end in ends], weighed))
+        concerned = stack.enter_context(hooked([model.get_submodule(end.end) for end in ends], weighed))
         stack.enter_context(recomputed(model, recompute, concerned))
         stack.enter_context(flops)
         stack.enter_context(live)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from locallearn._cuts import check_order, hooked, one_tensor
+from locallearn._cuts import check_order, hooked, one_tensor, submodules
 from locallearn._isolation import Isolation
 from locallearn._segment import Segment, cut
 
@@ -33,7 +33,7 @@ def probe(backbone: nn.Module, cuts: tuple[str, ...], batch: Tensor) -> list[Out
         TypeError: if an outlet is not one tensor.
         ValueError: if a stage never ran, ran twice or out of order, if something crosses a cut, or if the forward fails.
     """
-    modules = [backbone.get_submodule(name) for name in cuts]
+    modules = submodules(backbone, cuts)
     isolation = Isolation(backbone, cuts)
     ran: list[int] = []
     ends: list[tuple[object, Tensor | None]] = []  # what each stage returned, and its inlet
@@ -57,7 +57,7 @@ def probe(backbone: nn.Module, cuts: tuple[str, ...], batch: Tensor) -> list[Out
 
     handles = [module.register_forward_pre_hook(on_inlet, with_kwargs=True) for module in modules]
     try:
-        with undisturbed(backbone), torch.enable_grad(), hooked(backbone, cuts, on_outlet):
+        with undisturbed(backbone), torch.enable_grad(), hooked(modules, on_outlet):
             backbone(batch)
     except Exception as error:
         raise ValueError(

@@ -46,10 +46,6 @@ class Unit:
         """The lowest stage that the loss updates, where its walk ends."""
         return self.updates[0]
 
-    def crosses(self, cut: int) -> bool:
-        """Whether the loss's gradient has to pass the cut between stages ``cut`` and ``cut + 1``."""
-        return self.lowest <= cut < self.last
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -85,6 +81,19 @@ class Plan:
             raise ValueError(f"units are listed from bottom to top; got units whose last stages are {lasts}")
         object.__setattr__(self, "stages", stages)
         object.__setattr__(self, "units", units)
+
+    def crossings(self) -> list[list[Unit]]:
+        """For each stage, the units whose gradient has to pass the cut above it.
+
+        Example:
+            >>> [len(units) for units in Plan.windows(4, overlap=1).crossings()]
+            [1, 1, 1, 0]
+        """
+        crossings: list[list[Unit]] = [[] for _ in range(self.stages)]
+        for unit in self.units:
+            for cut in range(unit.lowest, unit.last):
+                crossings[cut].append(unit)
+        return crossings
 
     @classmethod
     def windows(cls, stages: int, overlap: int = 1, *, lead_in: bool = False) -> Plan:

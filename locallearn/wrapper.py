@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from locallearn._attach import attach
-from locallearn._cuts import find, refuse_compiled
+from locallearn._cuts import find, submodules
 from locallearn._engine import LocalPass
 from locallearn._gradients import Accumulate, Collect, Sink
 from locallearn._objective import Loss, concatenated, registered, unit_loss, warn_of_fp16
@@ -110,7 +110,7 @@ class LocalWrapper(nn.Module):
             raise ValueError("plan= replaces overlap and sharing; give a plan or a sharing")
         if channel_axis not in (None, 1, -1):
             raise ValueError(f"channel_axis is 1, -1 or None; got {channel_axis}")
-        refuse_compiled(model)
+        submodules(model, ())  # refuses a compiled one
         if stages == "auto":
             stages = _automatic(
                 model, plan or (sharing or Hard()).plan(4, overlap), decoder, checkpoint, example, channel_axis
@@ -124,7 +124,6 @@ class LocalWrapper(nn.Module):
         check(self.plan, schedule(self.plan))
         self.backbone = model
         batch = example_batch(model, example)
-        refuse_compiled(model, self.stages)
         outlets = probe(model, self.stages, batch)
         dtype = next((t.dtype for t in model.parameters() if t.is_floating_point()), torch.get_default_dtype())
         self._runs = runs(model, self.stages, checkpoint, batch)
@@ -192,7 +191,7 @@ class LocalWrapper(nn.Module):
         self, views: tuple[Tensor, ...], targets: Any, sink: Sink | None, grad_scale: float | Tensor | None
     ) -> Tensor:
         batch = concatenated(views)
-        refuse_compiled(self.backbone, self.stages)
+        ends = submodules(self.backbone, self.stages)
         if sink is not None and grad_scale is None:
             warn_of_fp16(batch.device.type)
 
@@ -202,15 +201,14 @@ class LocalWrapper(nn.Module):
 
         actions = check(self.plan, self.schedule(self.plan))
         torch.clear_autocast_cache()  # a weight cast under no_grad before would be found there, without its graph
-        local = LocalPass(self.backbone, self.stages, self.plan, actions, evaluate, sink, grad_scale, self._runs)
+        local = LocalPass(self.backbone, self.stages, ends, self.plan, actions, evaluate, sink, grad_scale, self._runs)
         losses = torch.stack(local.run(batch))
         self.losses = losses
-        self._train_penalty(sink, grad_scale)
+        self._train_penalty(ends, sink, grad_scale)
         return losses
 
-    def _train_penalty(self, sink: Sink | None, grad_scale: float | Tensor | None) -> None:
-        modules = [self.backbone.get_submodule(name) for name in self.stages]
-        stages = [module if whole else None for module, whole in zip(modules, self._whole, strict=True)]
+    def _train_penalty(self, ends: Sequence[nn.Module], sink: Sink | None, grad_scale: float | Tensor | None) -> None:
+        stages = [end if whole else None for end, whole in zip(ends, self._whole, strict=True)]
         with torch.set_grad_enabled(sink is not None):
             penalty = self.sharing.penalty(self.decoders, stages)
             self.penalty = None if penalty is None else penalty.detach()

@@ -18,6 +18,12 @@ def test_a_unit_updates_what_it_reaches_unless_told_otherwise() -> None:
     assert Unit(1, 3, [3, 1]).updates == (1, 3)
 
 
+def test_a_gradient_crosses_the_cuts_between_the_lowest_stage_it_updates_and_its_loss() -> None:
+    plan = Plan(5, [Unit(0, 2), Unit(1, 3, updates=[2, 3]), Unit(4, 4)])
+    first, second, _ = plan.units
+    assert plan.crossings() == [[first], [first], [second], [], []]
+
+
 def test_lead_in_adds_the_truncated_units_at_the_bottom() -> None:
     assert [(u.first, u.last) for u in Plan.windows(4, 2, lead_in=True).units] == [(0, 0), (0, 1), (0, 2), (1, 3)]
 

@@ -13,8 +13,7 @@ def sequential(plan: Plan) -> list[Action]:
         >>> print(*sequential(Plan.windows(4, overlap=1)))
         F0 F1 T0 F2 T1 F3 T2
     """
-    actions: list[Action] = []
-    for stage in range(plan.stages):
-        actions.append(Forward(stage))
-        actions += [Train(k) for k, unit in enumerate(plan.units) if unit.last == stage]
-    return actions
+    due: list[list[Action]] = [[Forward(stage)] for stage in range(plan.stages)]
+    for k, unit in enumerate(plan.units):
+        due[unit.last].append(Train(k))
+    return [action for stage in due for action in stage]
