@@ -125,6 +125,7 @@ class LocalPass:
         with unchanged(segment.outlet, f"the decoder or the loss of unit {k}"):
             leaf, features = cut(segment.outlet, differentiable=self._walks_below(unit, unit.last + 1))
             loss = self._evaluate(k, features)
+        torch.clear_autocast_cache()  # which would keep the casts of weights whose graphs are freed below
         self._losses[k] = loss.detach()
         with _autocast_off(loss.device.type):
             self._walk(k, self._through_decoder(loss, leaf))

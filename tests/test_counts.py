@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models import resnet18
 
 from locallearn import LocalWrapper
@@ -20,8 +24,12 @@ COUNTS: dict[tuple[int, bool], tuple[int, int, int]] = {  # overlap, checkpoint:
 }
 
 
-def count(overlap: int, checkpoint: bool) -> tuple[int, int, int]:
+@pytest.fixture(autouse=True)
+def float32() -> None:
     torch.set_default_dtype(torch.float32)
+
+
+def count(overlap: int, checkpoint: bool) -> tuple[int, int, int]:
     with FakeTensorMode():
         model = LocalWrapper(resnet18(), [f"layer{k}" for k in range(1, 5)], overlap, checkpoint=checkpoint)
         pair = torch.zeros(2, 8, 3, 64, 64).unbind()
@@ -35,3 +43,43 @@ def count(overlap: int, checkpoint: bool) -> tuple[int, int, int]:
 def test_a_step_costs_exactly_this(overlap: int, checkpoint: bool) -> None:
     flops, peak, saved = COUNTS[overlap, checkpoint]
     assert count(overlap, checkpoint) == (flops, peak, saved)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_does_not_grow_with_depth(dtype: torch.dtype) -> None:
+    def peak(stages: int) -> int:
+        with FakeTensorMode(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            net = nn.Sequential(*[nn.Linear(256, 256) for _ in range(stages)])
+            model = LocalWrapper(net, range(stages), decoder=lambda c: nn.Identity(), example=torch.zeros(2, 256))
+            pair = torch.zeros(2, 8, 256).unbind()
+            for weight in model.parameters():
+                weight.grad = torch.zeros_like(weight)
+            return measure(lambda: model.local_step(*pair)).peak_bytes
+
+    scalars = 64 * 16  # each loss is a scalar, which takes at least a few bytes
+    assert peak(16) <= peak(4) + scalars
+
+
+class _Reads(TorchDispatchMode):
+    """Counts what waits for a GPU: reading a value, or looking where values are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.name in {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select"}:
+            self.found.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_a_step_waits_for_no_value(checkpoint: bool) -> None:
+    model = LocalWrapper(resnet18(), [f"layer{k}" for k in range(1, 5)], checkpoint=checkpoint)
+    pair, scale = torch.rand(2, 4, 3, 32, 32).unbind(), torch.tensor(8.0)
+    with _Reads() as reads:
+        model.local_step(*pair, grad_scale=scale)
+        (model(*pair, grad_scale=scale) * scale).backward()
+        assert not reads.found
+        assert float(scale) == 8
+    assert reads.found
