@@ -84,12 +84,12 @@ def _recomputed(module: nn.Module) -> Callable[[Tensor], Tensor]:
 
 def offloaded(net: Net, images: Tensor) -> None:
     """Everything that is kept for backward lies in the host's memory, pinned where there is a GPU."""
-    with _to_host():
+    with to_host():
         loss = net.loss(-1, net.backbone(images))
     loss.backward()
 
 
-def _to_host() -> saved_tensors_hooks:
+def to_host() -> saved_tensors_hooks:
     """This is `save_on_cpu`. Of a fake tensor the host gets the shape alone, so that only the device's bytes are counted."""
     hooks = save_on_cpu(pin_memory=torch.cuda.is_available())
 

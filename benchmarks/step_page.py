@@ -136,7 +136,7 @@ def _better(table: Table) -> Iterator[str]:
 
 def _competes(table: Table, key: str) -> bool:
     """Whether the peak is that of a machine: on a CPU, what is offloaded lies in the same memory."""
-    return key != "offload" or table["device"] == "cuda"
+    return not ROWS[key].offload or table["device"] == "cuda"
 
 
 def _names(keys: set[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache, partial
@@ -26,6 +27,7 @@ Step: TypeAlias = Callable[[], object]
 class Row:
     """A way to train. `overlap` is None for end to end; without a `rival` it is ours.
 
+    `offload`: what is kept for backward lies in the host's memory.
     `parts`: of gradient caching, which splits the batch into as many; they keep their size when the batch grows.
     """
 
@@ -34,13 +36,14 @@ class Row:
     rival: Callable[..., None] | None = None
     checkpoint: bool = False
     parts: int = 1
+    offload: bool = False
 
 
 ROWS = {
     "end-to-end": Row("end-to-end", None, rivals.end_to_end),
     "blocks": Row("end-to-end, blocks recomputed", None, rivals.blocks_recomputed),
     "stages": Row("end-to-end, stages recomputed", None, rivals.stages_recomputed),
-    "offload": Row("end-to-end, `save_on_cpu`", None, rivals.offloaded),
+    "offload": Row("end-to-end, `save_on_cpu`", None, rivals.offloaded, offload=True),
     "caching-4": Row("gradient caching, 4 parts", None, rivals.gradient_caching, parts=4),
     "caching-8": Row("gradient caching, 8 parts", None, rivals.gradient_caching, parts=8),
     "gim": Row("Greedy InfoMax (`overlap=0`)", 0),
@@ -49,6 +52,7 @@ ROWS = {
     "paper": Row("LoCo, doubled backward (the paper)", 1, rivals.doubled_backward),
     "loco": Row("**LoCo** (`overlap=1`)", 1),
     "loco-checkpoint": Row("**LoCo**, `checkpoint=True`", 1, checkpoint=True),
+    "loco-offload": Row("**LoCo**, `save_on_cpu`", 1, offload=True),
     "overlap-2": Row("`overlap=2`", 2),
 }
 BASE = "end-to-end"
@@ -117,14 +121,14 @@ class Steps:
         """`part_size`: of gradient caching's parts, in views; without it, by their number."""
         model = self.model(row)
         if row.rival is None:
-            return partial(self._local_step, model)
+            return partial(self._local_step, model, rivals.to_host if row.offload else nullcontext)
         net = Net(self._setting.network.blocks(self._backbone), model.decoders, model.plan, self._precision)
         if row.parts == 1:
             return partial(row.rival, net, self._images)
         return partial(row.rival, net, self._images, size=part_size or len(self._images) // row.parts)
 
-    def _local_step(self, model: LocalWrapper) -> None:
-        with self._precision():
+    def _local_step(self, model: LocalWrapper, kept: Callable[[], AbstractContextManager[Any]]) -> None:
+        with self._precision(), kept():
             model.local_step(*self._images.chunk(2))
 
 

@@ -303,8 +303,9 @@ def test_views_get_no_gradient() -> None:
     assert first.grad is None
 
 
-def test_saved_tensor_hooks_of_the_user_apply() -> None:
-    model = wrap()
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_saved_tensor_hooks_of_the_user_apply(checkpoint: bool) -> None:
+    model = wrap(checkpoint=checkpoint)
     pair = views()
     expected = oracle(model, *pair)[1]
     with torch.autograd.graph.save_on_cpu():
