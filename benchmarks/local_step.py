@@ -168,6 +168,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.write:
         args.write.mkdir(parents=True, exist_ok=True)
     dtype = getattr(torch, args.dtype)
+    if args.repeats:
+        args.record["overhead"] = measure_overhead(args)
     for arch in args.archs:
         counted = Setting(arch, args.count_batch_size, args.count_image_size, dtype)
         timed = Setting(arch, batch_size, image_size, dtype)
@@ -185,9 +187,6 @@ def main(argv: list[str] | None = None) -> int:
             **measure_times(args, timed),
         }
         args.record["tables"][f"{arch} {args.dtype} {'compiled' if args.compile else 'eager'} {args.device}"] = table
-        save_page(args)
-    if args.repeats:
-        args.record["overhead"] = measure_overhead(args)
         save_page(args)
     print(text(args.record))
     return 0

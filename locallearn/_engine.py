@@ -15,8 +15,8 @@ from locallearn._gradients import Sink
 from locallearn._isolation import Isolation
 from locallearn._recompute import Run, recomputed, unhooked
 from locallearn._segment import Segment, cut, leaves, unchanged
-from locallearn.plan import Plan, Unit
-from locallearn.schedules.actions import Action, Train, last_uses
+from locallearn.plan import Unit
+from locallearn.schedules.actions import Course, Train
 
 
 class LocalPass:
@@ -26,8 +26,7 @@ class LocalPass:
         backbone: runs its own ``forward``.
         cuts: the names of the submodules after which the stages end.
         ends: those submodules.
-        plan: what each unit's loss reaches and updates.
-        actions: in what order.
+        course: what each unit's loss reaches and updates, and in what order.
         evaluate: the loss of a unit, a scalar, from the outlet of its last stage.
         sink: where gradients go; ``None`` only evaluates.
         scale: a factor on every loss before its backward.
@@ -39,15 +38,14 @@ class LocalPass:
         backbone: nn.Module,
         cuts: tuple[str, ...],
         ends: Sequence[nn.Module],
-        plan: Plan,
-        actions: Sequence[Action],
+        course: Course,
         evaluate: Callable[[int, Tensor], Tensor],
         sink: Sink | None,
         scale: float | Tensor | None = None,
         runs: Sequence[Run] = (),
     ) -> None:
-        self._backbone, self._cuts, self._ends, self._plan = backbone, cuts, ends, plan
-        self._actions, self._last_uses, self._crossings = deque(actions), last_uses(plan, actions), plan.crossings()
+        self._backbone, self._cuts, self._ends, self._units = backbone, cuts, ends, course.plan.units
+        self._actions, self._last_uses, self._crossings = deque(course.actions), course.last_uses, course.crossings
         self._evaluate, self._sink, self._scale = evaluate, sink, scale
         self._runs = unhooked(backbone, runs)
         self._isolation = Isolation(backbone, cuts)
@@ -81,7 +79,7 @@ class LocalPass:
                 "before anything is compiled"
             ) from error
         check_order(self._cuts, self._ran, self._backbone)
-        return [self._losses[k] for k in range(len(self._plan.units))]
+        return [self._losses[k] for k in range(len(self._units))]
 
     def _begin(self, stage: int) -> None:
         """Only a stage through which some gradient walks gets a graph; what follows the last cut gets none."""
@@ -110,11 +108,16 @@ class LocalPass:
 
     def _walks_below(self, unit: Unit, stage: int) -> bool:
         """Whether there is something to train for ``unit`` below ``stage``."""
-        return any(self._segments[below].weights for below in unit.updates if below < stage)
+        for below in unit.updates:
+            if below >= stage:
+                return False
+            if self._segments[below].weights:
+                return True
+        return False
 
     def _train(self, k: int) -> None:
         """Evaluates a unit's loss, as the user's autocast says, and walks its gradient down, outside of autocast."""
-        unit = self._plan.units[k]
+        unit = self._units[k]
         segment = self._segments[unit.last]
         if segment.changed():
             raise RuntimeError(
@@ -144,7 +147,7 @@ class LocalPass:
         Backpropagation is linear in the gradient: where several units reach a stage, each one's gradient passes through
         to the inlet by itself, but the weights get theirs once, from the sum of all.
         """
-        unit = self._plan.units[k]
+        unit = self._units[k]
         for stage in range(unit.last, unit.lowest - 1, -1):
             segment, last = self._segments[stage], self._last_uses[stage] == k
             below = bool(flow) and segment.inlet is not None and self._walks_below(unit, stage)

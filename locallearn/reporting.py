@@ -19,6 +19,7 @@ from locallearn._predict import predict
 from locallearn.measure import Flops, LiveBytes
 from locallearn.plan import Plan, Unit
 from locallearn.schedules import Train
+from locallearn.schedules.actions import Course
 from locallearn.sharing import Hard
 from locallearn.wrapper import LocalWrapper
 
@@ -118,7 +119,7 @@ def memory_report(model: LocalWrapper, *views: Tensor, targets: Any = None) -> M
         pair, aims = deepcopy([view.detach() for view in views]), deepcopy(targets)
     _unite(whole)
     with mode:
-        actions = model.schedule(model.plan)
+        actions = model._course.actions
         batch = concatenated(pair)
         copied_views = 0 if batch.untyped_storage() is pair[0].untyped_storage() else batch.nbytes
         ahead = predict(model.plan, actions, _weighed(again, batch), base=copied_views)
@@ -140,7 +141,7 @@ def memory_report(model: LocalWrapper, *views: Tensor, targets: Any = None) -> M
 
 def _unite(model: LocalWrapper) -> None:
     """Leaves one loss over everything, that of the highest unit."""
-    model.plan = Plan(model.plan.stages, [Unit(0, model.plan.units[-1].last)])
+    model._course = Course(Plan(model.plan.stages, [Unit(0, model.plan.units[-1].last)]), model.schedule)
     model.decoders = model.decoders[-1:]
     model.sharing = Hard()
     if isinstance(model.loss, nn.ModuleList):

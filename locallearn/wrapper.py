@@ -22,7 +22,7 @@ from locallearn.distributed import world_size
 from locallearn.losses import InfoNCE
 from locallearn.plan import Plan
 from locallearn.schedules import Schedule, sequential
-from locallearn.schedules.actions import check
+from locallearn.schedules.actions import Course
 from locallearn.sharing import Hard, Sharing
 
 Decoder: TypeAlias = Callable[[int], nn.Module] | Sequence[nn.Module]
@@ -117,21 +117,30 @@ class LocalWrapper(nn.Module):
             )
         self.stages = find(model, stages)
         self.sharing = Hard() if sharing is None else sharing
-        self.plan = self.sharing.plan(len(self.stages), overlap) if plan is None else plan
-        if self.plan.stages != len(self.stages):
-            raise ValueError(f"the plan is for {self.plan.stages} stages, but stages= names {len(self.stages)}")
-        self.schedule = schedule
-        check(self.plan, schedule(self.plan))
+        plan = self.sharing.plan(len(self.stages), overlap) if plan is None else plan
+        if plan.stages != len(self.stages):
+            raise ValueError(f"the plan is for {plan.stages} stages, but stages= names {len(self.stages)}")
+        self._course = Course(plan, schedule)
         self.backbone = model
         batch = example_batch(model, example)
         outlets = probe(model, self.stages, batch)
         dtype = next((t.dtype for t in model.parameters() if t.is_floating_point()), torch.get_default_dtype())
         self._runs = runs(model, self.stages, checkpoint, batch)
-        self.decoders = attach(decoder, self.plan, self.sharing, outlets, channel_axis, dtype)
-        self.loss = registered(InfoNCE() if loss is None else loss, len(self.plan.units))
+        self.decoders = attach(decoder, plan, self.sharing, outlets, channel_axis, dtype)
+        self.loss = registered(InfoNCE() if loss is None else loss, len(plan.units))
         self._whole = [outlet.module is not None for outlet in outlets]
         self.losses = None
         self.penalty = None
+
+    @property
+    def plan(self) -> Plan:
+        """What each unit reaches and updates."""
+        return self._course.plan
+
+    @property
+    def schedule(self) -> Schedule:
+        """In what order the plan is carried out."""
+        return self._course.schedule
 
     def local_step(self, *views: Tensor, targets: Any = None, grad_scale: float | Tensor | None = None) -> Tensor:
         """One forward, in which every unit is trained as soon as the schedule says; gradients are added to ``.grad``.
@@ -199,9 +208,8 @@ class LocalWrapper(nn.Module):
             loss = self.loss[k] if isinstance(self.loss, nn.ModuleList) else self.loss
             return unit_loss(k, self.decoders[k], loss, len(views), targets, features)
 
-        actions = check(self.plan, self.schedule(self.plan))
         torch.clear_autocast_cache()  # a weight cast under no_grad before would be found there, without its graph
-        local = LocalPass(self.backbone, self.stages, ends, self.plan, actions, evaluate, sink, grad_scale, self._runs)
+        local = LocalPass(self.backbone, self.stages, ends, self._course, evaluate, sink, grad_scale, self._runs)
         losses = torch.stack(local.run(batch))
         self.losses = losses
         self._train_penalty(ends, sink, grad_scale)

@@ -54,6 +54,9 @@ def test_the_readme_line_builds_the_papers_loco() -> None:
     assert isinstance(model.decoders, nn.ModuleList)
     assert [d.channels for d in model.decoders] == [128, 256, 512]
     assert " ".join(map(str, model.schedule(model.plan))) == "F0 F1 T0 F2 T1 F3 T2"
+    for fixed in ("plan", "schedule"):  # decoders and losses were made for them
+        with pytest.raises(AttributeError):
+            setattr(model, fixed, None)
 
 
 def test_stages_may_be_names_modules_or_indices() -> None:

@@ -70,6 +70,29 @@ def last_uses(plan: Plan, actions: Sequence[Action]) -> dict[int, int]:
     return {stage: k for k in trains for stage in range(plan.units[k].lowest, plan.units[k].last + 1)}
 
 
+class Course:
+    """A plan and the order in which it is carried out, with what follows from the two: the same in every pass.
+
+    Args:
+        plan: what is trained.
+        schedule: in what order.
+
+    Attributes:
+        actions: the order, checked.
+        last_uses: see :func:`last_uses`.
+        crossings: see :meth:`locallearn.Plan.crossings`.
+
+    Raises:
+        ValueError: if the schedule does not carry out the plan.
+    """
+
+    def __init__(self, plan: Plan, schedule: Schedule) -> None:
+        self.plan, self.schedule = plan, schedule
+        self.actions = check(plan, schedule(plan))
+        self.last_uses = last_uses(plan, self.actions)
+        self.crossings = plan.crossings()
+
+
 def peak(plan: Plan, actions: Sequence[Action]) -> int:
     """How many stages' graphs are alive at once, at most.
 
