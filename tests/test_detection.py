@@ -426,7 +426,9 @@ def test_compare_gives_every_backbone_the_same_budget_and_one_table(
 ) -> None:
     out = tmp_path / "all"
     rest = ["--data", str(coco), "--merge", "all", "--epochs", "1", *TINY]
-    argv = [f"LoCo={pretrained}", "random", "--seeds", "2", "--out", str(out), "--", *rest]
+    for seed in range(2):
+        (tmp_path / f"run-{seed}").symlink_to(pretrained)
+    argv = [f"LoCo={tmp_path}/run-{{seed}}", "random", "--seeds", "2", "--out", str(out), "--", *rest]
     assert compare.main(argv) == 0
     printed = capsys.readouterr().out
     rows = json.loads((out / "comparison.json").read_text())
@@ -435,6 +437,8 @@ def test_compare_gives_every_backbone_the_same_budget_and_one_table(
     assert re.search(r"\| LoCo \| \d+\.\d\d ± \d+\.\d\d \|.*\| 34\.5/32\.0 \|", printed)
     settings = [json.loads((out / f"{name}-seed0/run.json").read_text()) for name in ("LoCo", "random")]
     assert settings[0]["classes"] == ["object"]
+    again = json.loads((out / "LoCo-seed1/run.json").read_text())
+    assert (settings[0]["backbone"], again["backbone"]) == ("run-0", "run-1")
     differing = {key for key in settings[0] if settings[0][key] != settings[1].get(key)}
     assert differing <= {"backbone", "seconds"}
     with pytest.raises(SystemExit):

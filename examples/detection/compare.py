@@ -5,7 +5,8 @@ r"""Several backbones under the same detector: the same data, budget and seeds, 
 
 What follows `--` goes to train.py, for every backbone. A backbone is a run of pretrain.py, `random` (of the same
 architecture), or a name of torchvision's weights such as IMAGENET1K_V1 ("supervised"), each with a name of its own in front
-if you like. Runs that are finished are not repeated, unfinished ones go on. Writes comparison.json to `--out`, and prints a
+if you like. `{seed}` in the path of a run is 0, 1, ...: LoCo=runs/loco-{seed} has one pretraining for each seed of the
+detector. Runs that are finished are not repeated, unfinished ones go on. Writes comparison.json to `--out`, and prints a
 table for the screen and one in markdown.
 """
 
@@ -39,10 +40,12 @@ def start_of(backbone: str, arch: str) -> list[str]:
 def run(args: argparse.Namespace) -> None:
     if taken := [option for option in OWN if option in args.rest]:
         raise DataError(f"{taken[0]} is chosen by compare.py for each backbone: leave it out after --")
-    named = [(name or Path(path).name, path) for name, _, path in (given.rpartition("=") for given in args.backbones)]
+    given = [given.rpartition("=") for given in args.backbones]
+    named = [(name or Path(path).name.replace("-{seed}", ""), path) for name, _, path in given]
     if len({name for name, _ in named}) < len(named):
         raise DataError("two backbones have the same name: give them as NAME=RUN")
-    first = next((Path(path) for _, path in named if (Path(path) / "run.json").exists()), None)
+    of_seed_0 = [Path(path.replace("{seed}", "0")) for _, path in named]
+    first = next((path for path in of_seed_0 if (path / "run.json").exists()), None)
     arch = args.arch or (read_settings(first)["arch"] if first else "resnet50")
     small = ["--image-size", str(read_settings(first)["image_size"])] if first and not args.arch else []
     rows = []
@@ -50,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
         for name, path in named:
             out = args.out / f"{name}-seed{seed}"
             print(f"{name}, seed {seed}", file=sys.stderr)
-            start = start_of(path, arch) + (small if path == "random" else [])
+            start = start_of(path.replace("{seed}", str(seed)), arch) + (small if path == "random" else [])
             status = train.main([*start, *args.rest, "--seed", str(seed), "--out", str(out), "--resume", "auto"])
             if status:
                 raise KeyboardInterrupt
@@ -70,7 +73,7 @@ def parser() -> Parser:
         "backbones",
         nargs="+",
         metavar="BACKBONE",
-        help="a run, random, or a name of torchvision's weights; or NAME=...",
+        help="a run, whose path may hold {seed}; random; a name of torchvision's weights; or NAME=...",
     )
     add(
         "--arch", choices=list(ARCHITECTURES), help="of random and torchvision's weights (the first run's, or resnet50)"
