@@ -46,8 +46,9 @@ def run(args: argparse.Namespace) -> None:
         raise DataError("two backbones have the same name: give them as NAME=RUN")
     of_seed_0 = [Path(path.replace("{seed}", "0")) for _, path in named]
     first = next((path for path in of_seed_0 if (path / "run.json").exists()), None)
-    arch = args.arch or (read_settings(first)["arch"] if first else "resnet50")
-    small = ["--image-size", str(read_settings(first)["image_size"])] if first and not args.arch else []
+    like = read_settings(first) if first else {"arch": "resnet50"}
+    arch = args.arch or like["arch"]
+    small = ["--image-size", str(like["image_size"])] if first and arch == like["arch"] else []
     rows = []
     for seed in range(args.seeds):
         for name, path in named:
