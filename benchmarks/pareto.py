@@ -57,8 +57,6 @@ def draw(points: Sequence[Point], title: str, path: Path) -> None:
                 linewidths=1.6,
                 zorder=2,
             )
-        figure.draw_without_rendering()  # the limits are final, so that labels can be kept apart
-        _label(panel, points, corners)
         panel.axhline(1, color=GRID, zorder=0)
         panel.axvline(1, color=GRID, zorder=0)
         panel.set_yticks([1, 0.5, 0.25, 0.125], ["1", "1/2", "1/4", "1/8"])
@@ -69,6 +67,8 @@ def draw(points: Sequence[Point], title: str, path: Path) -> None:
         for family in dict.fromkeys(point.family for point in points):
             panel.scatter([], [], s=70, color=METHODS[family], label=family)
         panel.legend(frameon=False, loc="upper right", title="filled: nothing is better in both", alignment="left")
+        figure.draw_without_rendering()  # from here on points keep their places, so that labels can be kept apart
+        _label(panel, points, corners)
         figure.savefig(path, format="png", dpi=130)
 
 
