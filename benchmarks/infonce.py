@@ -12,10 +12,8 @@ to 65536.
 
 import argparse
 import importlib
-import importlib.metadata
 import math
 import os
-import platform
 import subprocess
 import sys
 import sysconfig
@@ -27,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from hardware import processor, versions
 from torch import Tensor
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
@@ -365,12 +364,10 @@ def import_milliseconds() -> float:
 
 def report(arguments: argparse.Namespace) -> Iterator[str]:
     """Measure everything that was asked for, and write it down in Markdown."""
-    processor = next((line.split(":")[1].strip() for line in cpu_info() if line.startswith("model name")), "a CPU")
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in ["torch", *PEERS]]
     yield "# InfoNCE against other libraries"
     yield ""
     yield "Written by `python benchmarks/infonce.py`; forward and backward, D = 128, single precision, temperature 0.1;"
-    yield f"{processor}, Python {platform.python_version()}, {', '.join(versions)}."
+    yield f"{processor()}, {versions('torch', *PEERS)}."
     yield "In brackets: how many times our time and memory. NT-Xent and SupCon compare 2N rows, the others N with N."
     for threads in arguments.threads:
         torch.set_num_threads(threads)
@@ -409,11 +406,6 @@ def on_cuda(arguments: argparse.Namespace) -> Iterator[str]:
     yield torch.cuda.get_device_name()
     yield ""
     yield from table(every, sizes)
-
-
-def cpu_info() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
 
 
 def in_throw_away_environment() -> int:

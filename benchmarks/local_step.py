@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shlex
 import sys
 from dataclasses import replace
@@ -30,7 +29,7 @@ from statistics import median
 from typing import Any
 
 import torch
-import torchvision
+from hardware import machine
 from networks import NETWORKS
 from overhead import own_seconds, per_stage
 from step_page import pictures, text
@@ -118,19 +117,7 @@ def measure_overhead(args: argparse.Namespace) -> dict[str, Any]:
     stages = 64
     ours, by_hand = per_stage(stages)
     torch.set_num_threads(threads)
-    return {"stages": stages, "ours": ours, "by_hand": by_hand, "machine": machine(args)}
-
-
-def machine(args: argparse.Namespace) -> str:
-    if args.device == "cuda":
-        name = torch.cuda.get_device_name()
-    else:
-        cpu = Path("/proc/cpuinfo")
-        lines = cpu.read_text().splitlines() if cpu.exists() else []
-        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "a CPU")
-        name += f", {torch.get_num_threads()} threads on {os.cpu_count()} cores"
-    versions = f"Python {platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__}"
-    return f"{name}, {versions}"
+    return {"stages": stages, "ours": ours, "by_hand": by_hand, "machine": machine(args.device, "torchvision")}
 
 
 def parser() -> Parser:
@@ -182,7 +169,7 @@ def main(argv: list[str] | None = None) -> int:
             "counted": [args.count_batch_size, args.count_image_size],
             "timed": [batch_size, image_size, args.repeats],
             "command": shlex.join(["python", "benchmarks/local_step.py", *(sys.argv[1:] if argv is None else argv)]),
-            "machine": machine(args),
+            "machine": machine(args.device, "torchvision"),
             "counts": measure_counts(args, counted, args.record["counts"]),
             **measure_times(args, timed),
         }

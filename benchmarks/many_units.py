@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from copy import deepcopy
@@ -22,6 +23,7 @@ from typing import NamedTuple
 
 import rivals
 import torch
+from hardware import machine
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
@@ -117,6 +119,21 @@ def table(found: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def page(found: Sequence[Row], shape: Sequence[int], command: str) -> str:
+    return f"""# Many units
+
+A chain of equal stages, from {found[0].stages} to {found[-1].stages}: time of a step per stage, and the most bytes alive at once
+in it, without weights, their gradients and the views. A local step costs a stage the same however many there are, and its memory
+does not grow with them; end to end, memory does.
+
+Batches of shape {" x ".join(map(str, shape))}, MLP decoders; medians of steps in turn. `{command}`; {machine("cpu")}.
+
+![Time per stage, and peak, of chains of more and more stages](many_units.png)
+
+{table(found)}
+"""
+
+
 def draw(found: Sequence[Row], path: Path) -> None:
     stages = [row.stages for row in found]
     with rc_context(STYLE):
@@ -149,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--batch-size", type=at_least(2), default=16, metavar="N", help="images of two views each (%(default)s)")
     add("--repeats", type=at_least(1), default=5, metavar="N", help="steps of each chain (%(default)s)")
     add("--threads", type=at_least(1), default=torch.get_num_threads(), metavar="N", help="(%(default)s)")
-    add("--write", type=Path, metavar="DIR", help="write many_units.json and many_units.png there")
+    add("--write", type=Path, metavar="DIR", help="write many_units.md, .json and .png there")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -161,6 +178,8 @@ def main(argv: list[str] | None = None) -> int:
         record = {"shape": shape, "torch": torch.__version__, "rows": [row._asdict() for row in found]}
         write(args.write / "many_units.json", lambda path: path.write_text(json.dumps(record, indent=1) + "\n"))
         write(args.write / "many_units.png", partial(draw, found))
+        command = shlex.join(["python", "benchmarks/many_units.py", *(sys.argv[1:] if argv is None else argv)])
+        write(args.write / "many_units.md", lambda path: path.write_text(page(found, shape, command)))
     return 0
 
 

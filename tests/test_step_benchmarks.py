@@ -162,6 +162,9 @@ def test_memory_of_local_training_does_not_grow_with_the_number_of_units(tmp_pat
         )  # what four losses more are returned in
     assert eight["peak_bytes"]["SimCLR"] > 1.7 * four["peak_bytes"]["SimCLR"]
     assert (tmp_path / "many_units.png").read_bytes().startswith(PNG)
+    page = (tmp_path / "many_units.md").read_text()
+    assert "from 4 to 8" in page
+    assert f"| {eight['milliseconds']['LoCo']:.2f} | {eight['peak_bytes']['LoCo'] / 1e6:.1f} |\n" in page
 
 
 @pytest.mark.parametrize(
