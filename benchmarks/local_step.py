@@ -21,6 +21,7 @@ import json
 import os
 import shlex
 import sys
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from hashlib import sha256
@@ -48,20 +49,26 @@ progress = partial(tqdm, leave=False, file=sys.stderr)
 def measure_times(args: argparse.Namespace, setting: Setting) -> dict[str, Any]:
     """A table's part that depends on the machine."""
     if not args.repeats:
-        return {"times": {}, "cuda_peak_bytes": {}, "own_share": None}
+        return {"times": {}, "eager": {}, "cuda_peak_bytes": {}, "own_share": None}
     device = args.device
     backbone = setting.network.make(setting.image_size).to(device)
     images = setting.images(device)
-    steps = Steps(setting, backbone, images, args.compile)
+    steps = Steps(setting, backbone, images)
     chosen = {key: steps.step(ROWS[key]) for key in args.rows}
+    eager = {}
+    if args.compile:
+        plain = Steps(setting, deepcopy(backbone), images)
+        eager = {f"{key}, eager": plain.step(ROWS[key]) for key in args.rows}
+        steps.compile()
     cuda = {key: cuda_peak(step) for key, step in chosen.items()} if device == "cuda" else {}
     before = os.times()
-    times = interleaved(chosen, args.repeats, partial(progress, desc=f"{setting.arch}, time"))
+    times = interleaved(chosen | eager, args.repeats, partial(progress, desc=f"{setting.arch}, time"))
     after = os.times()
     own = after.user + after.system - before.user - before.system
-    few = Steps(replace(setting, batch_size=2), backbone, images[:4], args.compile)
+    few = Steps(replace(setting, batch_size=2), backbone, images[:4])
     return {
-        "times": times,
+        "times": {key: times[key] for key in chosen},
+        "eager": {key: times[f"{key}, eager"] for key in chosen} if eager else {},
         "cuda_peak_bytes": cuda,
         "own_share": own_seconds(few.step(ROWS["loco"])) / median(times["loco"]) if "loco" in chosen else None,
         "processes": own / (after.elapsed - before.elapsed),

@@ -84,15 +84,28 @@ def _lines(record: dict[str, Any]) -> Iterator[str]:
 
 def _table(table: Table) -> Iterator[str]:
     (images, pixels, repeats), (many, large) = table["timed"], table["counted"]
-    eager = ", eager" if table["compiled"] else ""
-    yield f"Counted at two views of {many} images of {large} pixels{eager}."
+    without = ", eager" if table["compiled"] else ""
+    yield f"Counted at two views of {many} images of {large} pixels{without}."
     if table["times"]:
         yield f"Time at {images} images of {pixels} pixels, {repeats} steps of each row;"
         yield f"{table['processes']:.1f} processors computed meanwhile, at a load average of {table['load']:.1f}."
     yield f"`{table['command']}`; {table['machine']}."
     yield ""
     cuda = bool(table["cuda_peak_bytes"])
-    columns = ["ms", "", "GFLOP", "", "peak, MB", "less by", "saved, MB", "less by", *(["CUDA peak, MB"] * cuda)]
+    eager = table["eager"]
+    compared = ["eager, ms", "faster by"] if eager else []
+    columns = [
+        "ms",
+        "",
+        *compared,
+        "GFLOP",
+        "",
+        "peak, MB",
+        "less by",
+        "saved, MB",
+        "less by",
+        *(["CUDA peak, MB"] * cuda),
+    ]
     yield "| training | " + " | ".join([*columns, f"fits {table['budget']:g} GB"]) + " |"
     yield "|---" * 1 + "|--:" * (len(columns) + 1) + "|"
     base, time = table["counts"].get(BASE), _time(table, BASE)
@@ -103,6 +116,7 @@ def _table(table: Table) -> Iterator[str]:
         cells = [
             f"{1e3 * own:,.0f}" if own else "",
             f"{own / time:.2f}x" if own and time else "",
+            *([f"{1e3 * median(eager[key]):,.0f}", f"{median(eager[key]) / own:.2f}x"] if eager else []),
             f"{row['flops'] / 1e9:,.0f}",
             f"{row['flops'] / base['flops']:.2f}x" if base else "",
             *_bytes(row, base, "peak_bytes"),

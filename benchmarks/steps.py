@@ -87,13 +87,11 @@ class Setting:
 class Steps:
     """Steps of rows on one backbone. Rows with the same plan have the same decoders."""
 
-    def __init__(self, setting: Setting, backbone: nn.Module, images: Tensor, compiled: bool = False) -> None:
-        self._setting, self._backbone, self._images, self._compiled = setting, backbone, images, compiled
+    def __init__(self, setting: Setting, backbone: nn.Module, images: Tensor) -> None:
+        self._setting, self._backbone, self._images = setting, backbone, images
         self._decoders: dict[int, list[nn.Module]] = {}
         device = images.device.type
         self._precision = partial(torch.autocast, device, setting.dtype, enabled=setting.dtype != torch.float32)
-        if compiled:
-            compile_blocks(setting.network, backbone)
 
     def model(self, row: Row) -> LocalWrapper:
         """Whose plan and decoders the row has, with gradients already there."""
@@ -112,9 +110,6 @@ class Steps:
             self._decoders[overlap] = list(model.decoders)
             for weight in model.parameters():
                 weight.grad = torch.zeros_like(weight)
-            if self._compiled:
-                for decoder in model.decoders:
-                    decoder.compile()
         return model
 
     def step(self, row: Row, part_size: int | None = None) -> Step:
@@ -127,23 +122,26 @@ class Steps:
             return partial(row.rival, net, self._images)
         return partial(row.rival, net, self._images, size=part_size or len(self._images) // row.parts)
 
+    def compile(self) -> None:
+        """Compile each block and decoder by itself, for all rows that there are; a block at which a stage ends cannot be."""
+        torch._functorch.config.donated_buffer = False  # what a shared stage keeps is read twice
+        torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = (
+            1024  # blocks of one class
+        )
+        network, backbone = self._setting.network, self._backbone
+        cuts = [backbone.get_submodule(name) for name in network.stages]
+        own = set(backbone.modules())
+        for stage in network.blocks(backbone):
+            for block in stage:
+                if block in own and not any(block is cut for cut in cuts):
+                    block.compile()
+        for decoders in self._decoders.values():
+            for decoder in decoders:
+                decoder.compile()
+
     def _local_step(self, model: LocalWrapper, kept: Callable[[], AbstractContextManager[Any]]) -> None:
         with self._precision(), kept():
             model.local_step(*self._images.chunk(2))
-
-
-def compile_blocks(network: Network, backbone: nn.Module) -> None:
-    """Each block by itself, and the same for all rows; one at which a stage ends cannot be compiled."""
-    torch._functorch.config.donated_buffer = False  # what a shared stage keeps is read twice
-    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = (
-        1024  # blocks of one class
-    )
-    cuts = [backbone.get_submodule(name) for name in network.stages]
-    own = set(backbone.modules())
-    for stage in network.blocks(backbone):
-        for block in stage:
-            if block in own and not any(block is cut for cut in cuts):
-                block.compile()
 
 
 @cache

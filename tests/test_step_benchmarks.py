@@ -95,6 +95,7 @@ def record(time: float, saved: int, own: float) -> dict[str, object]:
         "machine": "",
         "processes": 1.0,
         "load": 1.0,
+        "eager": {},
         "cuda_peak_bytes": {},
         "own_share": own,
         "times": {"end-to-end": [1.0, 1.0, 9.0], "loco": [time] * 3, "loco-checkpoint": [2.0], "blocks": [1.1]},
@@ -117,6 +118,16 @@ def test_the_page_says_which_promises_hold_and_which_rivals_are_better() -> None
     assert "- Better than **LoCo** (`overlap=1`) in peak and time: end-to-end, blocks recomputed." in page
     page = step_page.text(record(time=1.35, saved=300, own=0.02))
     assert page.count("**missed**") == 3
+
+
+def test_compiled_steps_stand_beside_eager_ones() -> None:
+    both = record(time=1.25, saved=250, own=0.002)
+    (table,) = both["tables"].values()
+    table |= {"compiled": True, "eager": {key: [3.0] for key in table["times"]}}
+    page = step_page.text(both)
+    assert "## ResNet-50, fp32, compiled" in page
+    assert "| training | ms |  | eager, ms | faster by | GFLOP |" in page
+    assert "| **LoCo** (`overlap=1`) | 1,250 | 1.25x | 3,000 | 2.40x |" in page
 
 
 def test_what_is_measured_is_kept_and_not_counted_again(
