@@ -123,8 +123,9 @@ def page(found: Sequence[Row], shape: Sequence[int], command: str) -> str:
     return f"""# Many units
 
 A chain of equal stages, from {found[0].stages} to {found[-1].stages}: time of a step per stage, and the most bytes alive at once
-in it, without weights, their gradients and the views. A local step costs a stage the same however many there are, and its memory
-does not grow with them; end to end, memory does.
+in it, without weights, their gradients and the views. However many units there are, each takes the same time, and memory does not
+grow with them; end to end, memory does. LoCo shares all stages but the first and the last, each for one input gradient more, so
+that its time per stage rises while those two are a large part.
 
 Batches of shape {" x ".join(map(str, shape))}, MLP decoders; medians of steps in turn. `{command}`; {machine("cpu")}.
 

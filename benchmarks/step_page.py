@@ -93,7 +93,7 @@ def _table(table: Table) -> Iterator[str]:
     yield ""
     cuda = bool(table["cuda_peak_bytes"])
     eager = table["eager"]
-    compared = ["eager, ms", "faster by"] if eager else []
+    compared = ["eager, ms", "speed-up"] if eager else []
     columns = [
         "ms",
         "",

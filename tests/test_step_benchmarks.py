@@ -126,7 +126,7 @@ def test_compiled_steps_stand_beside_eager_ones() -> None:
     table |= {"compiled": True, "eager": {key: [3.0] for key in table["times"]}}
     page = step_page.text(both)
     assert "## ResNet-50, fp32, compiled" in page
-    assert "| training | ms |  | eager, ms | faster by | GFLOP |" in page
+    assert "| training | ms |  | eager, ms | speed-up | GFLOP |" in page
     assert "| **LoCo** (`overlap=1`) | 1,250 | 1.25x | 3,000 | 2.40x |" in page
 
 
