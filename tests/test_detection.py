@@ -445,6 +445,17 @@ def test_compare_gives_every_backbone_the_same_budget_and_one_table(
         compare.main([*argv, "--seed", "1"])
     assert "--seed is chosen by compare.py" in capsys.readouterr().err
 
+    shown = ["--data", str(coco), "--out", str(tmp_path / "merged.png"), "--device", "cpu", "--count", "1"]
+    runs = [f"LoCo={out}/LoCo-seed0", f"random={out}/random-seed0"]
+    assert draw.main([*runs, *shown]) == 0  # the runs tell that classes were merged
+    other = out / "random-seed0/run.json"
+    other.write_text(json.dumps(settings[1] | {"classes": ["cat"]}))
+    with pytest.raises(SystemExit):
+        draw.main([*runs, *shown])
+    told = capsys.readouterr().err
+    assert "random-seed0 detects 1 class (cat), but" in told
+    assert "has 1 class (object): draw runs of the same --data and --merge together" in told
+
 
 def test_segmentation_reads_out_every_stage(
     coco: Path, pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -129,19 +129,22 @@ def chosen(found: InstanceSet, names: Sequence[str] | None, count: int) -> list[
 
 
 def run(args: argparse.Namespace) -> None:
-    args.split = None
     args.device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.threads:
         torch.set_num_threads(args.threads)
+    named = [(heading, Path(path)) for heading, _, path in (run.rpartition("=") for run in args.runs)]
+    detectors = [load_detector(path, args.device) for _, path in named]
+    args.merge = detectors[0][1]["merge"]
     found = load_part(args, "val")
     photos = chosen(found, args.images, args.count)
     images = [photo.read() for photo in photos]
     columns, headings = [[truth(photo) for photo in photos]], ["ground truth"]
-    for named in args.runs:
-        heading, _, path = named.rpartition("=")
-        model, settings = load_detector(Path(path), args.device)
+    for (heading, path), (model, settings) in zip(named, detectors, strict=True):
         if settings["classes"] != list(found.classes):
-            raise DataError(f"{path} detects other classes than those of {found.name}")
+            raise DataError(
+                f"{path} detects {_some(settings['classes'])}, but {found.name} has {_some(found.classes)}: draw runs of the "
+                "same --data and --merge together"
+            )
         with torch.no_grad():
             seen = [detections(model, image.to(args.device).float() / 255) for image in images]
         columns.append([predicted(each, args.threshold, args.most) for each in seen])
@@ -151,6 +154,11 @@ def run(args: argparse.Namespace) -> None:
     print(f"wrote {args.out}")
 
 
+def _some(classes: Sequence[str]) -> str:
+    names = ", ".join([*classes[:3], *(["..."] if len(classes) > 3 else [])])
+    return f"{len(classes)} class{'es' * (len(classes) > 1)} ({names})"
+
+
 def parser() -> Parser:
     result = Parser(
         description="Draw what detectors find beside the ground truth.",
@@ -158,7 +166,7 @@ def parser() -> Parser:
     )
     add = result.add_argument
     add("runs", nargs="+", metavar="RUN", help="directories of train.py, or HEADING=DIRECTORY")
-    add_data_arguments(result)
+    add_data_arguments(result, trained=True)
     add("--images", nargs="+", metavar="IMAGE", help="ids or file names (some with two to eight objects)")
     add("--count", type=at_least(1), default=4, metavar="N", help="images, where none are named (%(default)s)")
     add("--threshold", type=number_from(0), default=0.5, metavar="P", help="least score to draw (%(default)s)")

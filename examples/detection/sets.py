@@ -15,12 +15,15 @@ from inputs.images import DataError
 from instances import InstanceSet
 
 
-def add_data_arguments(parser: Parser) -> None:
+def add_data_arguments(parser: Parser, *, trained: bool = False) -> None:
+    """`trained`: on what is trained already, whose run tells the rest."""
     add = parser.add_argument
     add("--data", type=Path, metavar="DIR", help="in the layout of COCO or of Cityscapes")
     for part in ("train", "val"):
         text = f"images and a json in COCO's format, in place of DIR's {part} part"
         add(f"--{part}", type=Path, nargs=2, metavar=("IMAGES", "JSON"), help=text)
+    if trained:
+        return
     add("--split", type=Path, metavar="JSON", help="train on the images that splits.py chose")
     text = "of the objects: as they are, their groups (COCO's supercategories), or one for all (%(default)s)"
     add("--merge", choices=["none", "group", "all"], default="none", help=f"classes {text}")
