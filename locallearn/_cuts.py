@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from locallearn._gates import is_compiled
+
 
 def find(backbone: nn.Module, stages: Sequence[str | int | nn.Module]) -> tuple[str, ...]:
     """The names of the submodules after which the stages end.
@@ -84,7 +86,7 @@ _COMPILED = (
 
 
 def _is_compiled(module: nn.Module) -> bool:
-    return "_orig_mod" in module._modules or module._compiled_call_impl is not None
+    return "_orig_mod" in module._modules or is_compiled(module)
 
 
 @contextmanager

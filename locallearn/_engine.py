@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,8 @@ from torch.utils.checkpoint import CheckpointError
 from locallearn._cuts import check_order, hooked, one_tensor
 from locallearn._gradients import Sink
 from locallearn._isolation import Isolation
-from locallearn._recompute import Run, recomputed, unhooked
+from locallearn._recompute import Run, in_checkpoint, recomputed, unhooked
+from locallearn._replay import Learnt
 from locallearn._segment import Segment, cut, leaves, unchanged
 from locallearn.plan import Unit
 from locallearn.schedules.actions import Course, Train
@@ -30,7 +32,8 @@ class LocalPass:
         evaluate: the loss of a unit, a scalar, from the outlet of its last stage.
         sink: where gradients go; ``None`` only evaluates.
         scale: a factor on every loss before its backward.
-        runs: the submodules that are recomputed instead of kept, see :mod:`locallearn._recompute`.
+        runs: the submodules that are recomputed instead of kept, and what is known of them, see
+            :mod:`locallearn._recompute`.
     """
 
     def __init__(
@@ -42,7 +45,7 @@ class LocalPass:
         evaluate: Callable[[int, Tensor], Tensor],
         sink: Sink | None,
         scale: float | Tensor | None = None,
-        runs: Sequence[Run] = (),
+        runs: Mapping[Run, Learnt] = MappingProxyType({}),
     ) -> None:
         self._backbone, self._cuts, self._ends, self._units = backbone, cuts, ends, course.plan.units
         self._actions, self._last_uses, self._crossings = deque(course.actions), course.last_uses, course.crossings
@@ -67,8 +70,10 @@ class LocalPass:
                 self._backbone(batch)
         except CheckpointError as error:
             raise RuntimeError(
-                "checkpointing failed, as it does where a stage ends inside of a checkpointed function. Checkpoint parts of a "
-                f"stage, so that none of the cuts lies inside of one: {list(self._cuts)}"
+                "what runs again in the backward did something else than in the forward: other operations, or on other shapes. "
+                "It depends on what outlives a forward: random numbers that are not torch's (layer drop), a flag or a counter, "
+                "a cache such as parametrize.cached(), a mode that was changed. Take the module out of checkpoint=, or your own "
+                f"torch.utils.checkpoint away. {_first_line(error)}"
             ) from error
         except RuntimeError as error:
             if "donated buffer" not in str(error):
@@ -91,6 +96,12 @@ class LocalPass:
         if self._ran != list(range(len(self._ran))):
             return output  # the forward runs to its end, so that check_order can tell the whole story
         outlet = one_tensor(stage, self._cuts[stage], output)
+        if self._sink is not None and in_checkpoint():
+            raise RuntimeError(
+                f"stage {stage} ends after {self._cuts[stage]!r}, inside of a function that the backbone checkpoints itself: it "
+                "would run again across the cut. Checkpoint parts of a stage, so that none of the cuts lies inside of one: "
+                f"{list(self._cuts)}"
+            )
         if stage in self._last_uses:
             self._segments[stage] = Segment(outlet, self._inlet)
             self._isolation.claim_stage(stage, self._segments[stage].weights)
@@ -173,6 +184,10 @@ class LocalPass:
         root = segment.seed(box)
         del segment.outlet
         return self._sink.push(root, segment.weights, inlet)
+
+
+def _first_line(error: Exception) -> str:
+    return f"torch says: {str(error).strip().splitlines()[0]}" if str(error).strip() else ""
 
 
 def _autocast_off(device: str) -> AbstractContextManager[object]:

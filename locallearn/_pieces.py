@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from copy import deepcopy
 from math import inf
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from locallearn._cuts import hooked
 from locallearn._gradients import Accumulate
 from locallearn._policy import Policy, natural, runs
 from locallearn._recompute import Run, recomputed
+from locallearn._replay import Learnt
 from locallearn._segment import Segment, cut
 from locallearn._shapes import Outlet
 from locallearn.measure import Flops, LiveBytes
@@ -99,7 +101,7 @@ def weigh(
     ends: Sequence[Link],
     decoder: Callable[[int], nn.Module] | None,
     axis: int | None,
-    recompute: Sequence[Run] = (),
+    recompute: Mapping[Run, Learnt] = MappingProxyType({}),
 ) -> list[Piece]:
     """Cuts ``model``, a fake copy, at all of ``ends`` and runs every piece forward and backward by itself.
 

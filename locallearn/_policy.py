@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import groupby
 from typing import TypeAlias
 
 from torch import Tensor, nn
 
 from locallearn._chain import Link, links
 from locallearn._recompute import Run
+from locallearn._replay import Learnt
 
 Choice: TypeAlias = bool | type[nn.Module] | Callable[[nn.Module], bool]
 Policy: TypeAlias = Choice | tuple[Choice, ...]
 
 
-def runs(backbone: nn.Module, cuts: Sequence[str], policy: Policy, batch: Tensor) -> tuple[Run, ...]:
-    """What is recomputed together, each run inside of one stage, outer ones before those inside of them.
+def runs(backbone: nn.Module, cuts: Sequence[str], policy: Policy, batch: Tensor) -> dict[Run, Learnt]:
+    """What is recomputed together, each run inside of one stage, outer ones first; nothing is known of them yet.
 
     Args:
         backbone: whose submodules are chosen from.
@@ -52,7 +54,7 @@ def runs(backbone: nn.Module, cuts: Sequence[str], policy: Policy, batch: Tensor
         raise ValueError(
             f"checkpoint= recomputes modules inside of which stages end: {torn}. Choose smaller parts, or move the cuts"
         )
-    return tuple(sorted(found, key=lambda run: run[0].count(".")))
+    return {run: Learnt() for run in apart(found)}
 
 
 def _is_a(kind: type[nn.Module], module: nn.Module) -> bool:
@@ -60,25 +62,69 @@ def _is_a(kind: type[nn.Module], module: nn.Module) -> bool:
 
 
 def natural(backbone: nn.Module, cuts: Sequence[str], chain: Sequence[Link]) -> list[Run]:
-    """Every block with submodules by itself; simple layers together with the convolution or linear layer before them."""
+    """Every block with submodules by itself; simple layers together with the convolution or linear layer before them.
+
+    A block that ends with operations of its own, as in ``norm(x).sigmoid()``, is one as well, unless blocks lie inside of it.
+    """
+    torn = {name for name, _ in backbone.named_modules() for cut in cuts if cut != name and _within(cut, name)}
+    parts = {
+        link.block: any(backbone.get_submodule(link.block).children()) for link in chain
+    }  # does it have submodules?
+    whole = [name for name, has_parts in parts.items() if has_parts and name not in torn]
+    blocks = [name for name in whole if not any(_inside(other, name) for other in whole)]
     found: list[Run] = [()]
     for link in chain:
+        if any(_inside(link.block, block) for block in blocks):
+            continue
         module = backbone.get_submodule(link.block)
-        block = any(module.children())
-        starts = block or any(weight.ndim > 1 for weight in module.parameters(recurse=False))
-        if starts or not link.follows:
+        starts = parts[link.block] or any(weight.ndim > 1 for weight in module.parameters(recurse=False))
+        if starts or not link.follows or not (found[-1] and _joinable(backbone, found[-1][-1], link.block)):
             found.append(())
         if starts or found[-1]:
             found[-1] = (*found[-1], link.block)
-        if block or any(_within(link.block, cut) and _within(cut, link.end) for cut in cuts):
+        if parts[link.block] or any(_within(link.block, cut) and _within(cut, link.end) for cut in cuts):
             found.append(())
-    torn = {name for name, _ in backbone.named_modules() for cut in cuts if cut != name and _within(cut, name)}
-    return [
-        run
-        for run in found
-        if len(run) > 1 or (run and run[0] not in torn and any(backbone.get_submodule(run[0]).children()))
-    ]
+    return [run for run in found if len(run) > 1 or (run and run[0] in blocks)]
+
+
+def _joinable(backbone: nn.Module, below: str, above: str) -> bool:
+    """Whether between two submodules only the boundaries of plain ``nn.Sequential``s are crossed, which do nothing there."""
+    return all(
+        type(module).forward is nn.Sequential.forward and "forward" not in module.__dict__
+        for name in {*_outer(below)} ^ {*_outer(above)}
+        for module in [backbone.get_submodule(name)]
+    )
+
+
+def _outer(name: str) -> Iterator[str]:
+    while name := name.rpartition(".")[0]:
+        yield name
+
+
+def apart(found: Iterable[Run]) -> list[Run]:
+    """``found``, with each run cut where another recomputed module begins or ends, outer runs first.
+
+    Example:
+        >>> apart([("conv", "block.norm"), ("block",)])
+        [('block',)]
+    """
+    runs = list(dict.fromkeys(found))
+    joined = {name for run in runs if len(run) > 1 for name in run}
+    alone = [run[0] for run in runs if len(run) == 1]
+    result: dict[Run, None] = {}
+    for run in runs:
+        if len(run) == 1 and run[0] in joined:
+            continue  # it runs again as a part of the others
+        for _, names in groupby(run, key=lambda name: [outer for outer in alone if _inside(name, outer)]):
+            piece = tuple(names)
+            if len(piece) > 1 or len(run) == 1:
+                result[piece] = None
+    return sorted(result, key=lambda run: run[0].count("."))
 
 
 def _within(name: str, outer: str) -> bool:
-    return name == outer or name.startswith(f"{outer}.")
+    return name == outer or _inside(name, outer)
+
+
+def _inside(name: str, outer: str) -> bool:
+    return name.startswith(f"{outer}.")

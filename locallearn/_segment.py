@@ -93,11 +93,11 @@ class Segment:
         self.outlet = outlet
         self.inlet = inlet
         self.weights = [leaf for leaf in leaves(outlet) if leaf is not inlet]
-        self._version = _version(outlet)
+        self._version = version(outlet)
 
     def changed(self) -> bool:
         """Whether an in-place operation has overwritten the outlet since the stage returned it."""
-        return _version(self.outlet) != self._version
+        return version(self.outlet) != self._version
 
     def seed(self, box: list[Tensor]) -> Tensor:
         """A scalar from which a backward through the stage starts, with the gradient in ``box`` at the outlet."""
@@ -118,14 +118,15 @@ def unchanged(outlet: Tensor, who: str) -> Iterator[None]:
     Raises:
         RuntimeError: at the end, if it was changed.
     """
-    version = _version(outlet)
+    before = version(outlet)
     yield
-    if _version(outlet) != version:
+    if version(outlet) != before:
         raise RuntimeError(
             f"{who} changes the outlet that it reads in place, but the next stage still needs it. Begin with an operation "
             "that is not in place, such as ReLU(inplace=False)"
         )
 
 
-def _version(tensor: Tensor) -> int:
+def version(tensor: Tensor) -> int:
+    """How often ``tensor`` was changed in place; tensors of inference mode do not count."""
     return 0 if tensor.is_inference() else tensor._version

@@ -38,7 +38,7 @@ def count(overlap: int, checkpoint: bool) -> tuple[int, int, int]:
         return tuple(measure(lambda: model.local_step(*pair)))
 
 
-@pytest.mark.skipif(torch.__version__ < "2.15", reason="the numbers were counted with torch 2.15")
+@pytest.mark.skipif(torch.__version__ < "2.14", reason="the numbers were counted with torch 2.14 and 2.15")
 @pytest.mark.parametrize(("overlap", "checkpoint"), COUNTS)
 def test_a_step_costs_exactly_this(overlap: int, checkpoint: bool) -> None:
     flops, peak, saved = COUNTS[overlap, checkpoint]
@@ -77,6 +77,7 @@ class _Reads(TorchDispatchMode):
 def test_a_step_waits_for_no_value(checkpoint: bool) -> None:
     model = LocalWrapper(resnet18(), [f"layer{k}" for k in range(1, 5)], checkpoint=checkpoint)
     pair, scale = torch.rand(2, 4, 3, 32, 32).unbind(), torch.tensor(8.0)
+    model.local_step(*pair)  # the first one compares what is recomputed
     with _Reads() as reads:
         model.local_step(*pair, grad_scale=scale)
         (model(*pair, grad_scale=scale) * scale).backward()

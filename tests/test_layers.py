@@ -21,7 +21,9 @@ LAYERS = [  # what stands further down may not import what stands above it, or b
     {"_chain"},
     {"_shapes", "measure"},
     {"sharing", "_cuts", "_isolation"},
-    {"schedules", "_segment", "_recompute", "_gradients", "_objective", "decoders", "losses"},
+    {"_recompute"},
+    {"_replay"},
+    {"schedules", "_segment", "_gradients", "_objective", "_gates", "_sameness", "decoders", "losses"},
     {"distributed"},
     {"plan"},
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
@@ -17,6 +17,7 @@ from torchvision.models import vit_b_16
 from locallearn import ConvMLPDecoder, InfoNCE, LocalWrapper, MLPDecoder, Plan, TokenDecoder
 from locallearn._policy import runs
 from locallearn._recompute import Run, recomputed
+from locallearn._replay import Learnt
 from locallearn.measure import Cost, measure
 
 VIT = Architecture(
@@ -111,7 +112,9 @@ def short(method: Method) -> str:
 # ------------------------------------------------------------------------------------------------------- counted
 
 
-def end_to_end_step(backbone: nn.Module, top: str, decoder: nn.Module, images: Tensor, chosen: tuple[Run, ...]) -> None:
+def end_to_end_step(
+    backbone: nn.Module, top: str, decoder: nn.Module, images: Tensor, chosen: Mapping[Run, Learnt]
+) -> None:
     """A step of plain training, in which nothing of the wrapper takes part; `chosen` is recomputed."""
     outlets: list[Tensor] = []
     handle = backbone.get_submodule(top).register_forward_hook(lambda module, args, output: outlets.append(output))
