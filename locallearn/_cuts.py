@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from threading import get_ident
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_modules
 
-from locallearn._gates import is_compiled
+from locallearn._gates import calling, is_compiled
 
 
 def find(backbone: nn.Module, stages: Sequence[str | int | nn.Module]) -> tuple[str, ...]:
@@ -89,6 +91,13 @@ def _is_compiled(module: nn.Module) -> bool:
     return "_orig_mod" in module._modules or is_compiled(module)
 
 
+def has_backward_hooks(*modules: nn.Module) -> bool:
+    """Whether somebody watches the gradients of one of ``modules``, or of every module."""
+    if torch_modules._global_backward_hooks or torch_modules._global_backward_pre_hooks:
+        return True
+    return any(module._backward_hooks or module._backward_pre_hooks for module in modules)
+
+
 @contextmanager
 def hooked(ends: Sequence[nn.Module], on_outlet: Callable[[int, Any], Any]) -> Iterator[Callable[[], bool]]:
     """While open, a forward goes on with ``on_outlet(stage, outlet)`` in place of the outlet of each of ``ends``.
@@ -101,25 +110,28 @@ def hooked(ends: Sequence[nn.Module], on_outlet: Callable[[int, Any], Any]) -> I
     def concerned() -> bool:
         return not busy and get_ident() == owner
 
+    def hand_on(stage: int, output: Any) -> Any:
+        nonlocal busy
+        busy = True
+        try:
+            return on_outlet(stage, output)
+        finally:
+            busy = False
+
     def hook(stage: int) -> Callable[[nn.Module, Any, Any], Any]:
-        def hand_on(module: nn.Module, args: Any, output: Any) -> Any:
-            nonlocal busy
-            if not concerned():
-                return None
-            busy = True
-            try:
-                return on_outlet(stage, output)
-            finally:
-                busy = False
+        return lambda module, args, output: hand_on(stage, output) if concerned() else None
 
-        return hand_on
+    def call(stage: int, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        return hand_on(stage, result)
 
-    handles = [end.register_forward_hook(hook(stage)) for stage, end in enumerate(ends)]
-    try:
+    with ExitStack() as open_:
+        for stage, end in enumerate(ends):
+            if has_backward_hooks(end):  # they belong to the stage that ends here
+                open_.enter_context(calling(end, concerned, partial(call, stage)))
+            else:
+                open_.callback(end.register_forward_hook(hook(stage)).remove)
         yield concerned
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def one_tensor(stage: int, cut: str, output: object) -> Tensor:

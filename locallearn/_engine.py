@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
-from locallearn._cuts import check_order, hooked, one_tensor
+from locallearn._cuts import check_order, has_backward_hooks, hooked, one_tensor
 from locallearn._gradients import Sink
 from locallearn._isolation import Isolation
 from locallearn._recompute import Run, in_checkpoint, recomputed, unhooked
@@ -34,6 +34,7 @@ class LocalPass:
         scale: a factor on every loss before its backward.
         runs: the submodules that are recomputed instead of kept, and what is known of them, see
             :mod:`locallearn._recompute`.
+        spanned: for each stage, whether it ends inside of a ``torch.no_grad`` of the backbone, as far as is known.
     """
 
     def __init__(
@@ -46,11 +47,16 @@ class LocalPass:
         sink: Sink | None,
         scale: float | Tensor | None = None,
         runs: Mapping[Run, Learnt] = MappingProxyType({}),
+        spanned: Sequence[bool] = (),
     ) -> None:
         self._backbone, self._cuts, self._ends, self._units = backbone, cuts, ends, course.plan.units
         self._actions, self._last_uses, self._crossings = deque(course.actions), course.last_uses, course.crossings
         self._evaluate, self._sink, self._scale = evaluate, sink, scale
         self._runs = unhooked(backbone, runs)
+        self._spanned = spanned or [False] * len(cuts)
+        self._watched = sink is not None and has_backward_hooks(*backbone.modules())
+        self._off = False  # whether we have disabled gradients
+        self._on = -1  # the stage for which we have enabled them again
         self._isolation = Isolation(backbone, cuts)
         self._ran: list[int] = []
         self._inlet: Tensor | None = None
@@ -87,8 +93,19 @@ class LocalPass:
         return [self._losses[k] for k in range(len(self._units))]
 
     def _begin(self, stage: int) -> None:
-        """Only a stage through which some gradient walks gets a graph; what follows the last cut gets none."""
-        torch.set_grad_enabled(self._sink is not None and stage in self._last_uses)
+        """Only a stage through which some gradient walks gets a graph; what follows the last cut gets none.
+
+        A stage that ends inside of a ``torch.no_grad`` of the backbone is left alone: on its way out that would put back the
+        mode that it found, and the next stage would find it, too.
+        """
+        if self._sink is None:
+            return
+        if stage not in self._last_uses and (stage >= len(self._cuts) or not self._spanned[stage]):
+            torch.set_grad_enabled(False)
+            self._off = True
+        elif self._off:
+            torch.set_grad_enabled(True)
+            self._off, self._on = False, stage
 
     def _outlet(self, stage: int, output: object) -> object:
         """A stage has ended: keeps its segment, trains the units that are due, and begins the next stage."""
@@ -102,6 +119,12 @@ class LocalPass:
                 "would run again across the cut. Checkpoint parts of a stage, so that none of the cuts lies inside of one: "
                 f"{list(self._cuts)}"
             )
+        if self._on == stage and not self._spanned[stage] and not torch.is_grad_enabled():
+            raise RuntimeError(
+                f"gradients are disabled where stage {stage} ends ({self._cuts[stage]!r}), though they were not when it began: a "
+                f"torch.no_grad or set_grad_enabled of the backbone spans the cut before it ({self._cuts[stage - 1]!r}) in this "
+                "mode. Move the cut out of it, or freeze what lies below with requires_grad_(False)"
+            )
         if stage in self._last_uses:
             self._segments[stage] = Segment(outlet, self._inlet)
             self._isolation.claim_stage(stage, self._segments[stage].weights)
@@ -111,7 +134,8 @@ class LocalPass:
                 self._actions.popleft()
                 self._train(action.unit)
         crossed = any(self._walks_below(unit, stage + 1) for unit in self._crossings[stage])
-        self._inlet, handed_on = cut(outlet, differentiable=crossed)
+        # hooks on the backward of a stage's first module see a gradient of its input, whether it is walked on or not
+        self._inlet, handed_on = cut(outlet, differentiable=crossed or (self._watched and stage + 1 in self._last_uses))
         if self._inlet is not None:
             self._isolation.opens(stage + 1, self._inlet)
         self._begin(stage + 1)
@@ -164,26 +188,27 @@ class LocalPass:
             below = bool(flow) and segment.inlet is not None and self._walks_below(unit, stage)
             pending = self._pending.pop(stage, [])
             if last and not pending and stage in unit.updates:
-                flow = self._push(segment, flow, segment.inlet if below else None)
+                flow = self._push(segment, flow, below=below)
             else:
                 if flow and stage in unit.updates:
                     pending = [pending[0] + flow[0]] if pending else [flow[0]]
                 flow = segment.pull(flow, retain=bool(pending) or not last) if below else []
                 if last:
-                    self._push(segment, pending, None)
+                    self._push(segment, pending, below=False)
                 elif pending:
                     self._pending[stage] = pending
             if last:
                 del self._segments[stage]
 
-    def _push(self, segment: Segment, box: list[Tensor], inlet: Tensor | None) -> list[Tensor]:
+    def _push(self, segment: Segment, box: list[Tensor], *, below: bool) -> list[Tensor]:
         """The last backward through a segment, which lets go of its outlet: what is recomputed may not need it."""
         assert self._sink is not None or not box
         if self._sink is None or not box:
             return []
         root = segment.seed(box)
         del segment.outlet
-        return self._sink.push(root, segment.weights, inlet)
+        flow = self._sink.push(root, segment.weights, segment.inlet if below or self._watched else None)
+        return flow if below else []
 
 
 def _first_line(error: Exception) -> str:

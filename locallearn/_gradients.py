@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from locallearn.distributed import in_use
+
 
 class Sink(Protocol):
     """Runs a backward from a scalar into ``weights``."""
@@ -55,13 +57,18 @@ class Collect:
     def deliver(self, total: Tensor, scale: float | Tensor, weights: Iterable[Tensor]) -> Tensor:
         """``total`` as a tensor whose backward hands over the gradients, times the incoming gradient over ``scale``.
 
-        ``weights`` that got no gradient are inputs of it all the same, since DistributedDataParallel waits for every
-        one of its parameters.
+        Among several processes, ``weights`` that got no gradient are inputs of it all the same, since
+        DistributedDataParallel waits for every one of its parameters. Those with hooks get zeros, since a hook is never
+        called without a gradient.
         """
-        weights = list({**self._gradients, **dict.fromkeys(weights)})
-        gradients = [self._gradients.get(weight) for weight in weights]
+        gradients: list[Tensor | None] = list(self._gradients.values())
+        reached = list(self._gradients)
+        if in_use() or not reached:
+            others = [weight for weight in weights if weight not in self._gradients]
+            gradients += [torch.zeros_like(weight) if weight._backward_hooks else None for weight in others]
+            reached += others
         self._gradients = {}
-        delivered: Tensor = _Deliver.apply(total, scale, gradients, *weights)
+        delivered: Tensor = _Deliver.apply(total, scale, gradients, *reached)
         return delivered
 
 

@@ -76,6 +76,20 @@ def probe(backbone: nn.Module, cuts: tuple[str, ...], batch: Tensor) -> list[Out
     return outlets
 
 
+def spanned(backbone: nn.Module, cuts: tuple[str, ...], batch: Tensor) -> list[bool]:
+    """For each stage, whether a ``torch.no_grad``, or the like, of the backbone is open where it ends."""
+    modes: dict[bool, list[bool]] = {True: [], False: []}
+    for enabled, found in modes.items():
+
+        def note(stage: int, output: object, found: list[bool] = found) -> object:
+            found.append(torch.is_grad_enabled())
+            return output
+
+        with undisturbed(backbone), torch.set_grad_enabled(enabled), hooked(submodules(backbone, cuts), note):
+            backbone(batch)
+    return [not (on and not off) for on, off in zip(modes[True], modes[False], strict=True)]
+
+
 def example_batch(backbone: nn.Module, example: Tensor | Sequence[Tensor] | None) -> Tensor:
     """``example``, views concatenated; by default two 224-pixel RGB images in the backbone's dtype and device."""
     if isinstance(example, Tensor):

@@ -11,9 +11,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+def in_use() -> bool:
+    """Whether this process belongs to a group, be it of one."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def world_size() -> int:
     """Number of ranks; 1 where torch.distributed is not in use."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if in_use() else 1
 
 
 def row_counts(x: Tensor) -> list[int]:

@@ -16,7 +16,7 @@ from locallearn._gradients import Accumulate, Collect, Sink
 from locallearn._objective import Loss, concatenated, registered, unit_loss, warn_of_fp16
 from locallearn._policy import Policy, runs
 from locallearn._segment import leaves
-from locallearn._shapes import example_batch, probe
+from locallearn._shapes import example_batch, probe, spanned
 from locallearn.decoders import ConvMLPDecoder
 from locallearn.distributed import world_size
 from locallearn.losses import InfoNCE
@@ -129,6 +129,8 @@ class LocalWrapper(nn.Module):
         self.decoders = attach(decoder, plan, self.sharing, outlets, channel_axis, dtype)
         self.loss = registered(InfoNCE() if loss is None else loss, len(plan.units))
         self._whole = [outlet.module is not None for outlet in outlets]
+        gaps = set(range(max(self._course.last_uses))) - self._course.last_uses.keys()
+        self._spanned = spanned(model, self.stages, batch) if gaps else [False] * len(self.stages)
         self.losses = None
         self.penalty = None
 
@@ -209,7 +211,9 @@ class LocalWrapper(nn.Module):
             return unit_loss(k, self.decoders[k], loss, len(views), targets, features)
 
         torch.clear_autocast_cache()  # a weight cast under no_grad before would be found there, without its graph
-        local = LocalPass(self.backbone, self.stages, ends, self._course, evaluate, sink, grad_scale, self._runs)
+        local = LocalPass(
+            self.backbone, self.stages, ends, self._course, evaluate, sink, grad_scale, self._runs, self._spanned
+        )
         losses = torch.stack(local.run(batch))
         self.losses = losses
         self._train_penalty(ends, sink, grad_scale)

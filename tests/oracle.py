@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +21,12 @@ def oracle(model: LocalWrapper, *views: Tensor, targets: Tensor | None = None) -
     model = copy.deepcopy(model)
     backbone = model.backbone
     outlets: list[Tensor] = []  # clones, since the next stage may begin with an operation in place
-    handles = [
-        backbone.get_submodule(name).register_forward_hook(lambda module, args, output: outlets.append(output.clone()))
-        for name in model.stages
-    ]
+    ends = [backbone.get_submodule(name) for name in model.stages]
+    for end in ends:  # around the whole call, hooks on its backward included
+        end._compiled_call_impl = _noted(end, outlets)
     backbone(torch.cat(views))
-    for handle in handles:
-        handle.remove()
+    for end in ends:
+        del end._compiled_call_impl
 
     stages: list[list[Tensor]] = []
     below: set[int] = set()
@@ -46,6 +47,15 @@ def oracle(model: LocalWrapper, *views: Tensor, targets: Tensor | None = None) -
             torch.autograd.backward(loss, inputs=inputs, retain_graph=True)
         losses.append(loss.detach())
     return torch.stack(losses), gradients(model)
+
+
+def _noted(end: nn.Module, outlets: list[Tensor]) -> Callable[..., Tensor]:
+    def call(*args: Any, **kwargs: Any) -> Tensor:
+        output: Tensor = end._call_impl(*args, **kwargs)
+        outlets.append(output.clone())
+        return output
+
+    return call
 
 
 def weights_of(root: Tensor) -> list[Tensor]:
