@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from threading import get_ident
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+from locallearn._undo import Reverted, attached
 
 
 def find(backbone: nn.Module, stages: Sequence[str | int | nn.Module]) -> tuple[str, ...]:
@@ -58,40 +60,40 @@ def find(backbone: nn.Module, stages: Sequence[str | int | nn.Module]) -> tuple[
 
 
 def submodules(backbone: nn.Module, cuts: Sequence[str]) -> list[nn.Module]:
-    """The submodules that ``cuts`` name, none of them inside of compiled code, where hooks do not run.
+    """The submodules that ``cuts`` name, none of them inside of compiled or scripted code, where hooks do not run.
 
     Raises:
-        ValueError: if the backbone, or a submodule that is a cut or holds one, went through ``torch.compile``.
+        ValueError: if the backbone, or a submodule that is a cut or holds one, went through ``torch.compile`` or ``torch.jit``.
     """
-    if _is_compiled(backbone):
-        raise ValueError(_COMPILED.format(type(backbone).__name__, "it"))
+    _check_python(type(backbone).__name__, "it", backbone)
     found = []
     for cut in cuts:
         module, steps = backbone, cut.split(".")
         for at, step in enumerate(steps):
             module = module.get_submodule(step)
-            if _is_compiled(module):
-                path = ".".join(steps[: at + 1])
-                raise ValueError(_COMPILED.format(type(backbone).__name__, f"its submodule {path!r}"))
+            _check_python(type(backbone).__name__, f"its submodule {'.'.join(steps[: at + 1])!r}", module)
         found.append(module)
     return found
 
 
-_COMPILED = (
-    "{} cannot be cut: {} was compiled, and hooks inside of compiled code do not run. Give LocalWrapper the module as it was "
-    "before torch.compile"
-)
+def _check_python(kind: str, who: str, module: nn.Module) -> None:
+    if "_orig_mod" in module._modules or module._compiled_call_impl is not None:
+        raise ValueError(
+            f"{kind} cannot be cut: {who} was compiled, and hooks inside of compiled code do not run. Give LocalWrapper the "
+            "module as it was before torch.compile"
+        )
+    if isinstance(module, torch.jit.ScriptModule):
+        raise ValueError(
+            f"{kind} cannot be cut: {who} was scripted or traced, and takes no hooks. Give LocalWrapper the module as it was "
+            "before torch.jit, and script it after training; or end the stages elsewhere, for instance after an nn.Identity() "
+            "that follows it"
+        )
 
 
-def _is_compiled(module: nn.Module) -> bool:
-    return "_orig_mod" in module._modules or module._compiled_call_impl is not None
-
-
-@contextmanager
-def hooked(ends: Sequence[nn.Module], on_outlet: Callable[[int, Any], Any]) -> Iterator[Callable[[], bool]]:
+def hooked(ends: Sequence[nn.Module], on_outlet: Callable[[int, Any], Any]) -> Reverted[Callable[[], bool]]:
     """While open, a forward goes on with ``on_outlet(stage, outlet)`` in place of the outlet of each of ``ends``.
 
-    Only the thread that opened it is concerned, and not what ``on_outlet`` itself runs: a decoder, a loss or another
+    Only the thread that called it is concerned, and not what ``on_outlet`` itself runs: a decoder, a loss or another
     thread that calls the backbone meanwhile finds it plain. What is yielded tells whether a call is concerned.
     """
     owner, busy = get_ident(), False
@@ -112,12 +114,13 @@ def hooked(ends: Sequence[nn.Module], on_outlet: Callable[[int, Any], Any]) -> I
 
         return hand_on
 
-    handles = [end.register_forward_hook(hook(stage)) for stage, end in enumerate(ends)]
-    try:
-        yield concerned
-    finally:
-        for handle in handles:
-            handle.remove()
+    hooks = attached({}, {end: hook(stage) for stage, end in enumerate(ends)})
+
+    def on() -> Callable[[], bool]:
+        hooks.__enter__()
+        return concerned
+
+    return Reverted(on, hooks.__exit__)
 
 
 def one_tensor(stage: int, cut: str, output: object) -> Tensor:

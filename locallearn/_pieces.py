@@ -154,7 +154,7 @@ def _backward(live: LiveBytes, outlet: Tensor, inlet: Tensor | None) -> tuple[in
 
 def _train(features: Tensor, decoder: Callable[[int], nn.Module], axis: int | None) -> tuple[float, int]:
     try:
-        (module,) = attach(decoder, Plan(1, [Unit(0, 0)]), Hard(), [Outlet(features, None)], axis, features.dtype)
+        (module,) = attach(decoder, Plan(1, [Unit(0, 0)]), Hard(), [Outlet(features, None)], axis)
     except ValueError:
         return inf, 0
     return train(module, features)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from locallearn._pieces import Piece, fake_copy, places, weigh
 from locallearn._policy import Policy, runs
 from locallearn._predict import predict
-from locallearn._shapes import example_batch
+from locallearn._shapes import check_graph, example_batch
 from locallearn.decoders import ConvMLPDecoder
 from locallearn.plan import Plan
 from locallearn.schedules import sequential
@@ -102,6 +102,7 @@ def plan_stages(
         >>> plan_stages(net, torch.zeros(8, 3, 16, 16), n=3).stages
         ('2', '3', '5')
     """
+    check_graph(model)
     batch = sixty_four(model, None) if example is None else example_batch(model, example)
     plain, lean = _weighed(model, batch, decoder, channel_axis, checkpoint)
     plan = Plan.windows(n, overlap)
@@ -134,7 +135,12 @@ def _weighed(
             copied.train()
         chosen = runs(copied, [end.end for end in ends], policy, images)
         plain = weigh(copied, images, ends, decoder, axis)
-        lean = weigh(copied, images, ends, None, axis, chosen)
+        try:
+            lean = weigh(copied, images, ends, None, axis, chosen)
+        except RuntimeError:  # a part that begins in place cannot be recomputed, which matters to those who ask for it
+            if checkpoint:
+                raise
+            lean = plain
     pairs = zip(lean, plain, strict=True)
     return plain, [piece._replace(train=known.train, decoder_flops=known.decoder_flops) for piece, known in pairs]
 

@@ -120,7 +120,7 @@ def memory_report(model: LocalWrapper, *views: Tensor, targets: Any = None) -> M
     _unite(whole)
     with mode:
         actions = model._course.actions
-        batch = concatenated(pair)
+        batch = concatenated(pair, copy=model._changes_views)
         copied_views = 0 if batch.untyped_storage() is pair[0].untyped_storage() else batch.nbytes
         ahead = predict(model.plan, actions, _weighed(again, batch), base=copied_views)
         del batch

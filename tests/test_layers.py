@@ -20,9 +20,9 @@ LAYERS = [  # what stands further down may not import what stands above it, or b
     {"_engine", "_attach", "_policy"},
     {"_chain"},
     {"_shapes", "measure"},
-    {"sharing", "_cuts", "_isolation"},
+    {"sharing", "_cuts", "_isolation", "_quiet"},
     {"schedules", "_segment", "_recompute", "_gradients", "_objective", "decoders", "losses"},
-    {"distributed"},
+    {"distributed", "_undo"},
     {"plan"},
 ]
 STANDALONE = {"decoders": set(), "models": set(), "losses": {"distributed"}, "measure": {"losses"}}
