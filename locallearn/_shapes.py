@@ -75,7 +75,7 @@ def probe(backbone: nn.Module, cuts: tuple[str, ...], batch: Tensor) -> list[Out
         segment = Segment(one_tensor(stage, cuts[stage], output), begin)
         isolation.claim_stage(stage, segment.weights)
         _check_kind(stage, cuts[stage], segment.outlet)
-        check_rows(stage, cuts[stage], segment.outlet, len(batch))
+        check_rows(stage, cuts[stage], segment.outlet, len(batch), strict=True)
         weights = tuple(weight.shape for weight in segment.weights or backbone.parameters())
         outlets.append(Outlet(segment.outlet.detach(), modules[stage] if alone[stage] else None, weights))
     return outlets
@@ -133,8 +133,15 @@ def _check_kind(stage: int, cut: str, outlet: Tensor) -> None:
         )
 
 
-def check_rows(stage: int, cut: str, outlet: Tensor, rows: int) -> None:
+def check_rows(stage: int, cut: str, outlet: Tensor, rows: int, *, strict: bool = False) -> None:
     """Checks that the first axis of ``outlet`` is that of a batch of ``rows``, or a batch with an axis folded into it.
+
+    Args:
+        stage: for the message.
+        cut: likewise.
+        outlet: of the stage.
+        rows: of the batch.
+        strict: whether an outlet whose second axis is as long as the batch is taken for one with the batch second.
 
     Raises:
         ValueError: otherwise.
@@ -145,7 +152,7 @@ def check_rows(stage: int, cut: str, outlet: Tensor, rows: int) -> None:
             f"stage {stage} ends after {cut!r}, which returned shape {shape}; a decoder reads (batch, channels, ...). End the "
             "stage after a submodule that returns so much"
         )
-    if shape[0] == rows or (shape[0] % rows == 0 and shape[0] > 0 and rows not in shape[1:]):
+    if shape[0] == rows or (shape[0] % rows == 0 and shape[0] > 0 and not (strict and shape[1] == rows)):
         return
     raise ValueError(
         f"stage {stage} ends after {cut!r}, which returned shape {shape} for a batch of {rows}; the first axis of an outlet is "

@@ -9,8 +9,10 @@ from math import inf
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from locallearn._pieces import Piece, fake_copy, places, weigh
+from locallearn._fakes import analysed, fake_copy
+from locallearn._pieces import Piece, places, weigh
 from locallearn._policy import Policy, runs
 from locallearn._predict import predict
 from locallearn._shapes import check_graph, example_batch
@@ -104,7 +106,8 @@ def plan_stages(
     """
     check_graph(model)
     batch = sixty_four(model, None) if example is None else example_batch(model, example)
-    plain, lean = _weighed(model, batch, decoder, channel_axis, checkpoint)
+    with analysed(model) as fake:
+        plain, lean = _weighed(model, batch, decoder, channel_axis, checkpoint, fake)
     plan = Plan.windows(n, overlap)
     best = _best(plan, lean if checkpoint else plain, inf if budget is None else budget, peak_first=budget is None)
     ends = [0, *best]
@@ -123,10 +126,15 @@ def sixty_four(model: nn.Module, example: Tensor | Sequence[Tensor] | None) -> T
 
 
 def _weighed(
-    model: nn.Module, batch: Tensor, decoder: Callable[[int], nn.Module], axis: int | None, checkpoint: Policy
+    model: nn.Module,
+    batch: Tensor,
+    decoder: Callable[[int], nn.Module],
+    axis: int | None,
+    checkpoint: Policy,
+    fake: FakeTensorMode,
 ) -> tuple[list[Piece], list[Piece]]:
     """Every piece as it is, and recomputed."""
-    copied, fake = fake_copy(model)
+    copied = fake_copy(model, fake)
     policy = checkpoint or True
     with fake:
         images = torch.zeros(batch.shape, dtype=batch.dtype, device=batch.device)

@@ -22,7 +22,7 @@ LAYERS = [  # what stands further down may not import what stands above it, or b
     {"_shapes", "measure"},
     {"sharing", "_cuts", "_isolation", "_quiet"},
     {"schedules", "_segment", "_recompute", "_gradients", "_objective", "decoders", "losses"},
-    {"distributed", "_undo"},
+    {"distributed", "_undo", "_fakes"},
     {"plan"},
 ]
 STANDALONE = {"decoders": set(), "models": set(), "losses": {"distributed"}, "measure": {"losses"}}
