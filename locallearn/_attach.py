@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from locallearn._quiet import undisturbed
 from locallearn._segment import unchanged
-from locallearn._shapes import Outlet, channel_axis, undisturbed
+from locallearn._shapes import Outlet, agreed_axis
 from locallearn.plan import Plan
 from locallearn.sharing import Sharing
 
@@ -20,7 +22,7 @@ def attach(
     sharing: Sharing,
     outlets: Sequence[Outlet],
     axis: int | None,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None = None,
 ) -> nn.ModuleList:
     """One module per unit, from the outlet of the unit's last stage to what its loss reads.
 
@@ -30,11 +32,13 @@ def attach(
         sharing: may put a private stage in front.
         outlets: of every stage, for a small batch.
         axis: where the outlets have their channels, or ``None`` to go by their shape.
-        dtype: of the decoders' weights.
+        dtype: of the decoders' weights; by default each has that of what it reads. For a complex outlet that is the real
+            one, since the decoder makes it real, but weights that are complex stay so.
 
     Raises:
         TypeError: if ``decoder`` is or makes something else.
-        ValueError: if there are too many or too few, or one does not run on its outlet.
+        ValueError: if there are too many or too few, if one does not run on its outlet, or if the shape of an outlet tells
+            other channels than the stage's weights.
     """
     make = _maker(decoder, len(plan.units))
     stages = [outlet.module for outlet in outlets]
@@ -43,14 +47,15 @@ def attach(
         features, parts = outlets[unit.last].features, list[nn.Module]()
         if (private := sharing.private(unit, stages)) is not None:
             parts.append(private)
-            with undisturbed(private), torch.no_grad():
+            quiet = undisturbed(private)
+            with quiet, quiet, torch.no_grad():
                 features = private(features)
-        at = channel_axis(features) if axis is None else axis
+        at = agreed_axis(features, outlets[unit.last].weights if private is None else ()) if axis is None else axis
         if at == -1 and features.ndim > 3:
             parts.append(_ChannelsFirst())
         parts.append(make(k, features.shape[at]))
+        _follow(parts[-1], features, dtype)
         whole = parts[0] if len(parts) == 1 else nn.Sequential(*parts)
-        _follow(whole, outlets[unit.last].features.device, dtype)
         _try(k, whole, outlets[unit.last].features)
         attached.append(whole)
     return attached
@@ -88,17 +93,34 @@ def _maker(decoder: object, units: int) -> Callable[[int, int], nn.Module]:
     return make
 
 
-def _follow(decoder: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+def _follow(decoder: nn.Module, features: Tensor, dtype: torch.dtype | None) -> None:
+    real = dtype or features.dtype.to_real()
+
+    def wanted(weight: Tensor) -> torch.dtype:
+        if weight.is_complex():
+            return real.to_complex()
+        return real if weight.is_floating_point() else weight.dtype
+
     weights = [*decoder.parameters(), *decoder.buffers()]
-    if any(t.device != device or (t.is_floating_point() and t.dtype != dtype) for t in weights):
-        decoder.to(device, dtype)
+    if any(weight.device != features.device or weight.dtype != wanted(weight) for weight in weights):
+        convert: Any = decoder._apply
+        convert(lambda weight: weight.to(features.device, wanted(weight)))
 
 
 def _try(k: int, decoder: nn.Module, outlet: Tensor) -> None:
-    with undisturbed(decoder), torch.no_grad(), unchanged(outlet, f"the decoder of unit {k}"):
+    quiet = undisturbed(decoder)
+    with quiet, quiet, torch.no_grad(), unchanged(outlet, f"the decoder of unit {k}"):
         try:
             decoder(outlet.detach())
         except Exception as error:
+            complex_ = (
+                ""
+                if not outlet.is_complex()
+                else (
+                    ". The outlet is complex: begin the decoder with what makes it real, such as abs() or torch.view_as_real"
+                )
+            )
             raise ValueError(
-                f"the decoder of unit {k} does not run on the outlet it reads, of shape {tuple(outlet.shape)}: {error}"
+                f"the decoder of unit {k} does not run on the outlet it reads, of shape {tuple(outlet.shape)}: "
+                f"{error or type(error).__name__}{complex_}"
             ) from error

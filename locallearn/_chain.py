@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from locallearn._shapes import undisturbed
+from locallearn._quiet import undisturbed
+from locallearn._segment import cut
+from locallearn._undo import attached
 
 Place: TypeAlias = tuple[Any, int]  # a node of the graph, and which of its outputs
 
@@ -49,7 +51,10 @@ def links(backbone: nn.Module, batch: Tensor) -> list[Link]:
         >>> [link.end for link in links(net, torch.zeros(2, 4))]
         ['0', '1.0', '1', '2']
     """
-    names = {module: name for name, module in backbone.named_modules() if name}
+    scripted = {
+        part for module in backbone.modules() if _scripted(module) for part in module.modules()
+    }  # take no hooks
+    names = {module: name for name, module in backbone.named_modules() if name and module not in scripted}
     inlets: dict[nn.Module, list[tuple[Tensor | None, int]]] = {}
     calls: list[_Call] = []
     passed: list[Tensor] = []  # what a module handed on as it was, as Dropout does in eval mode
@@ -68,17 +73,17 @@ def links(backbone: nn.Module, batch: Tensor) -> list[Link]:
         place, made = (output.grad_fn, output.output_nr), output.grad_fn._sequence_nr()
         calls.append(_Call(names[module], inlet, output, place, made))
 
-    handles = [module.register_forward_pre_hook(enter, with_kwargs=True) for module in names]
-    handles += [module.register_forward_hook(leave) for module in names]
-    try:
-        with undisturbed(backbone), torch.enable_grad():
-            images = batch.detach().clone()
-            images.requires_grad_(images.is_floating_point())
-            result = backbone(images)
-    finally:
-        for handle in handles:
-            handle.remove()
+    quiet, hooks = undisturbed(backbone), attached(dict.fromkeys(names, enter), dict.fromkeys(names, leave))
+    with quiet, quiet, hooks, hooks, torch.enable_grad():
+        images = batch.detach().clone()
+        if images.is_floating_point():
+            images = cut(images.requires_grad_(), differentiable=True)[1]  # no leaf, which may not be changed in place
+        result = backbone(images)
     return _chain(calls, _Alive(result), images, passed)
+
+
+def _scripted(module: nn.Module) -> bool:
+    return isinstance(module, torch.jit.ScriptModule)
 
 
 def _chain(calls: list[_Call], alive: _Alive, below: Tensor, passed: list[Tensor]) -> list[Link]:

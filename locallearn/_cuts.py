@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from threading import get_ident
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 
-from locallearn._gates import calling, is_compiled
+from locallearn._gates import Guest, is_compiled, welcomed
+from locallearn._undo import Reverted, attached
 
 
 def find(backbone: nn.Module, stages: Sequence[str | int | nn.Module]) -> tuple[str, ...]:
@@ -62,33 +63,34 @@ def find(backbone: nn.Module, stages: Sequence[str | int | nn.Module]) -> tuple[
 
 
 def submodules(backbone: nn.Module, cuts: Sequence[str]) -> list[nn.Module]:
-    """The submodules that ``cuts`` name, none of them inside of compiled code, where hooks do not run.
+    """The submodules that ``cuts`` name, none of them inside of compiled or scripted code, where hooks do not run.
 
     Raises:
-        ValueError: if the backbone, or a submodule that is a cut or holds one, went through ``torch.compile``.
+        ValueError: if the backbone, or a submodule that is a cut or holds one, went through ``torch.compile`` or ``torch.jit``.
     """
-    if _is_compiled(backbone):
-        raise ValueError(_COMPILED.format(type(backbone).__name__, "it"))
+    _check_python(type(backbone).__name__, "it", backbone)
     found = []
     for cut in cuts:
         module, steps = backbone, cut.split(".")
         for at, step in enumerate(steps):
             module = module.get_submodule(step)
-            if _is_compiled(module):
-                path = ".".join(steps[: at + 1])
-                raise ValueError(_COMPILED.format(type(backbone).__name__, f"its submodule {path!r}"))
+            _check_python(type(backbone).__name__, f"its submodule {'.'.join(steps[: at + 1])!r}", module)
         found.append(module)
     return found
 
 
-_COMPILED = (
-    "{} cannot be cut: {} was compiled, and hooks inside of compiled code do not run. Give LocalWrapper the module as it was "
-    "before torch.compile"
-)
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return "_orig_mod" in module._modules or is_compiled(module)
+def _check_python(kind: str, who: str, module: nn.Module) -> None:
+    if "_orig_mod" in module._modules or is_compiled(module):
+        raise ValueError(
+            f"{kind} cannot be cut: {who} was compiled, and hooks inside of compiled code do not run. Give LocalWrapper the "
+            "module as it was before torch.compile"
+        )
+    if isinstance(module, torch.jit.ScriptModule):
+        raise ValueError(
+            f"{kind} cannot be cut: {who} was scripted or traced, and takes no hooks. Give LocalWrapper the module as it was "
+            "before torch.jit, and script it after training; or end the stages elsewhere, for instance after an nn.Identity() "
+            "that follows it"
+        )
 
 
 def has_backward_hooks(*modules: nn.Module) -> bool:
@@ -98,11 +100,10 @@ def has_backward_hooks(*modules: nn.Module) -> bool:
     return any(module._backward_hooks or module._backward_pre_hooks for module in modules)
 
 
-@contextmanager
-def hooked(ends: Sequence[nn.Module], on_outlet: Callable[[int, Any], Any]) -> Iterator[Callable[[], bool]]:
+def hooked(ends: Sequence[nn.Module], on_outlet: Callable[[int, Any], Any]) -> Reverted[Callable[[], bool]]:
     """While open, a forward goes on with ``on_outlet(stage, outlet)`` in place of the outlet of each of ``ends``.
 
-    Only the thread that opened it is concerned, and not what ``on_outlet`` itself runs: a decoder, a loss or another
+    Only the thread that called it is concerned, and not what ``on_outlet`` itself runs: a decoder, a loss or another
     thread that calls the backbone meanwhile finds it plain. What is yielded tells whether a call is concerned.
     """
     owner, busy = get_ident(), False
@@ -125,13 +126,20 @@ def hooked(ends: Sequence[nn.Module], on_outlet: Callable[[int, Any], Any]) -> I
         result = original(*args, **kwargs)
         return hand_on(stage, result)
 
-    with ExitStack() as open_:
-        for stage, end in enumerate(ends):
-            if has_backward_hooks(end):  # they belong to the stage that ends here
-                open_.enter_context(calling(end, concerned, partial(call, stage)))
-            else:
-                open_.callback(end.register_forward_hook(hook(stage)).remove)
-        yield concerned
+    watched = [(stage, end) for stage, end in enumerate(ends) if has_backward_hooks(end)]  # a stage ends behind those
+    hooks = attached({}, {end: hook(stage) for stage, end in enumerate(ends) if (stage, end) not in watched})
+    calls = welcomed([Guest(end, True, concerned, partial(call, stage)) for stage, end in watched])
+
+    def on() -> Callable[[], bool]:
+        hooks.__enter__()
+        calls.__enter__()
+        return concerned
+
+    def off() -> None:
+        hooks.__exit__()
+        calls.__exit__()
+
+    return Reverted(on, off)
 
 
 def one_tensor(stage: int, cut: str, output: object) -> Tensor:

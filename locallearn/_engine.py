@@ -66,10 +66,12 @@ class LocalPass:
 
     def run(self, batch: Tensor) -> list[Tensor]:
         """Runs the backbone on ``batch`` and returns the units' losses, detached scalars."""
+        cuts = hooked(self._ends, self._outlet)
         try:
             with (
                 torch.set_grad_enabled(self._sink is not None),
-                hooked(self._ends, self._outlet) as concerned,
+                cuts,
+                cuts as concerned,  # twice, see Reverted
                 recomputed(self._backbone, self._runs, concerned),
             ):
                 self._begin(0)

@@ -1,36 +1,47 @@
-"""Calls of a module in which local passes take part while they run, whichever thread runs them and however many there are."""
+"""Calls of modules in which local passes take part while they run, whichever thread runs them and however many there are."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from threading import RLock
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 from torch import nn
 
-Handler: TypeAlias = Callable[..., Any]  # handler(original, *args, **kwargs), in place of original(*args, **kwargs)
+from locallearn._undo import Reverted
 
 _COMES_OR_GOES = RLock()  # threads may each run a pass over one backbone
 _ABSENT = object()
 
 
-class _Guest(NamedTuple):
-    concerned: Callable[[], bool]
-    handle: Handler
-
-
-class Gate:
-    """Stands where a module keeps what a call of it runs, and lets each pass in on its own calls only.
+class Guest(NamedTuple):
+    """Whom a gate lets in.
 
     Attributes:
-        original: what stood there.
+        module: whose calls are concerned.
+        whole: the call as a whole, with all hooks of the module, or its ``forward`` alone. Of a module that went through
+            ``module.compile()`` it is the call in either case, since hooks inside of compiled code are not asked.
+        concerned: whether the call that is made now belongs to the guest's pass.
+        handle: ``handle(original, *args, **kwargs)``, in place of ``original(*args, **kwargs)``.
     """
 
+    module: nn.Module
+    whole: bool
+    concerned: Callable[[], bool]
+    handle: Callable[..., Any]
+
+    @property
+    def name(self) -> str:
+        """The attribute in which the module keeps what such a call runs."""
+        return "_compiled_call_impl" if self.whole or is_compiled(self.module) else "forward"
+
+
+class _Gate:
+    """Stands where a module keeps what a call of it runs, and lets each pass in on its own calls only."""
+
     def __init__(self, original: Callable[..., Any], kept: object) -> None:
-        self.original = original
-        self.kept = kept
-        self.guests: tuple[_Guest, ...] = ()
+        self.original, self.kept = original, kept
+        self.guests: tuple[Guest, ...] = ()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         for guest in self.guests:
@@ -42,44 +53,42 @@ class Gate:
 def is_compiled(module: nn.Module) -> bool:
     """Whether ``module`` went through ``module.compile()``."""
     called = module._compiled_call_impl
-    return called is not None and not (isinstance(called, Gate) and called.kept is _ABSENT)
+    return called is not None and not (isinstance(called, _Gate) and called.kept is _ABSENT)
 
 
-@contextmanager
-def computing(module: nn.Module, concerned: Callable[[], bool], handle: Handler) -> Iterator[Gate]:
-    """While open, ``handle`` runs in place of the module's ``forward``, inside of its hooks.
-
-    Of a compiled module it is the compiled code with all hooks in it, since those inside of compiled code are not asked.
-    """
-    with _gated(module, "_compiled_call_impl" if is_compiled(module) else "forward", concerned, handle) as gate:
-        yield gate
-
-
-@contextmanager
-def calling(module: nn.Module, concerned: Callable[[], bool], handle: Handler) -> Iterator[Gate]:
-    """While open, ``handle`` runs in place of ``module(...)`` as a whole, with all of its hooks."""
-    with _gated(module, "_compiled_call_impl", concerned, handle) as gate:
-        yield gate
+def original(guest: Guest) -> Callable[..., Any]:
+    """What a call runs that concerns nobody."""
+    gate = guest.module.__dict__.get(guest.name)
+    if isinstance(gate, _Gate):
+        return gate.original
+    called: Callable[..., Any] | None = getattr(guest.module, guest.name)
+    return guest.module._call_impl if called is None else called
 
 
-@contextmanager
-def _gated(module: nn.Module, name: str, concerned: Callable[[], bool], handle: Handler) -> Iterator[Gate]:
-    guest, attributes = _Guest(concerned, handle), module.__dict__
-    try:
-        with _COMES_OR_GOES:
-            gate = attributes.get(name)
-            if not isinstance(gate, Gate):
-                original = getattr(module, name)
-                gate = Gate(module._call_impl if original is None else original, attributes.get(name, _ABSENT))
-                attributes[name] = gate
-            gate.guests = (guest, *gate.guests)
-        yield gate
-    finally:
-        with _COMES_OR_GOES:
-            gate = attributes.get(name)
-            if isinstance(gate, Gate):
+def welcomed(guests: Sequence[Guest]) -> Reverted[None]:
+    """While open, ``guests`` take part in the calls of their modules."""
+    names = [guest.name for guest in guests]
+
+    def come() -> None:
+        for guest, name in zip(guests, names, strict=True):
+            attributes = guest.module.__dict__
+            with _COMES_OR_GOES:
+                if not isinstance(attributes.get(name), _Gate):
+                    attributes[name] = _Gate(original(guest), attributes.get(name, _ABSENT))
+                gate = attributes[name]
+                gate.guests = (guest, *gate.guests)
+
+    def go() -> None:
+        for guest, name in zip(guests, names, strict=True):
+            attributes = guest.module.__dict__
+            with _COMES_OR_GOES:
+                gate = attributes.get(name)
+                if not isinstance(gate, _Gate):
+                    continue
                 gate.guests = tuple(other for other in gate.guests if other is not guest)
                 if not gate.guests and gate.kept is _ABSENT:
-                    del attributes[name]
+                    attributes.pop(name, None)
                 elif not gate.guests:
                     attributes[name] = gate.kept
+
+    return Reverted(come, go)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch
@@ -28,6 +29,10 @@ def unit_loss(k: int, decoder: nn.Module, loss: Loss, views: int, targets: Any, 
             f"the loss of unit {k} returns a scalar; got shape {tuple(value.shape)}. Reduce it, for example with "
             "reduction='mean'"
         )
+    if value.is_complex():
+        raise ValueError(
+            f"the loss of unit {k} is complex, {value.dtype}; a gradient starts from a real number. Take abs() or its real part"
+        )
     if isinstance(output, Tensor) and output.requires_grad and not value.requires_grad:
         raise ValueError(
             f"the loss of unit {k} has lost the graph of what it was given; does it detach, or use no_grad?"
@@ -46,8 +51,12 @@ def _split(k: int, output: Any, views: int) -> Sequence[Any]:
     return output.chunk(views)
 
 
-def concatenated(views: Sequence[Tensor]) -> Tensor:
+def concatenated(views: Sequence[Tensor], *, copy: bool = False) -> Tensor:
     """The views as one batch, without a graph, so that BatchNorm sees all of them.
+
+    Args:
+        views: of one shape, dtype and device.
+        copy: whether the batch may be changed in place. If not, views that are neighbours in memory are the batch.
 
     Raises:
         TypeError: if one is not a tensor.
@@ -63,8 +72,9 @@ def concatenated(views: Sequence[Tensor]) -> Tensor:
             f"the views pass the backbone as one batch, so they need the same shape, dtype and device; got {kinds}"
         )
     first, storage = views[0].detach(), views[0].untyped_storage()
-    if all(
+    if not copy and all(
         view.is_contiguous()
+        and (not view.is_inference() or torch.is_inference_mode_enabled())  # no graph may save such a tensor
         and view.untyped_storage() is storage
         and view.storage_offset() == first.storage_offset() + k * first.numel()
         for k, view in enumerate(views)
@@ -72,6 +82,29 @@ def concatenated(views: Sequence[Tensor]) -> Tensor:
         flat = first.as_strided((len(views) * first.numel(),), (1,))
         return flat.view(len(views) * len(first), *first.shape[1:])
     return torch.cat([view.detach() for view in views])
+
+
+@contextmanager
+def spared(batch: Tensor, views: Sequence[Tensor]) -> Iterator[None]:
+    """Notices if ``batch`` is changed in place where it is the user's own ``views``.
+
+    Raises:
+        ViewsChangedError: at the end, if they were changed.
+    """
+    if batch.is_inference():  # in inference mode nobody counts
+        yield
+        return
+    version = batch._version
+    yield
+    if batch._version != version and batch.untyped_storage() is views[0].untyped_storage():
+        raise ViewsChangedError(
+            "the backbone (or a loss) has changed the views of this step in place, which it did not when it was wrapped, in eval "
+            "mode. Take what is not in place, such as Dropout(inplace=False). Or go on: from the next step on it gets a copy"
+        )
+
+
+class ViewsChangedError(RuntimeError):
+    """The user's views were overwritten."""
 
 
 def registered(loss: Loss | Sequence[Loss], units: int) -> nn.Module | Loss:

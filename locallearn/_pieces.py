@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from copy import deepcopy
 from math import inf
 from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from locallearn._attach import attach
@@ -22,7 +20,7 @@ from locallearn._policy import Policy, natural, runs
 from locallearn._recompute import Run, recomputed
 from locallearn._replay import Learnt
 from locallearn._segment import Segment, cut
-from locallearn._shapes import Outlet
+from locallearn._shapes import Outlet, agreed_axis
 from locallearn.measure import Flops, LiveBytes
 from locallearn.plan import Plan, Unit
 from locallearn.sharing import Hard
@@ -59,19 +57,6 @@ class Piece(NamedTuple):
     weights: int
 
 
-def fake_copy(model: nn.Module) -> tuple[nn.Module, FakeTensorMode]:
-    """``model`` without its numbers, which costs no memory and no computation."""
-    mode = fake_mode(model)
-    with FakeCopyMode(mode):
-        return deepcopy(model), mode
-
-
-def fake_mode(model: nn.Module) -> FakeTensorMode:
-    """The mode in which ``model`` lives, or a new one."""
-    modes = [tensor.fake_mode for tensor in model.parameters() if isinstance(tensor, FakeTensor)]
-    return modes[0] if modes else FakeTensorMode()
-
-
 def places(model: nn.Module, batch: Tensor, checkpoint: Policy) -> list[Link]:
     """Where a stage of ``model`` may end: after a block or a run of simple layers, up to the last map of features.
 
@@ -81,13 +66,38 @@ def places(model: nn.Module, batch: Tensor, checkpoint: Policy) -> list[Link]:
     whole = [run[0] for run in runs(model, (), checkpoint, batch)]
     together = {run[-1]: run for run in natural(model, (), chain)}
     inside = {name for run in together.values() for name in run[:-1]}
-    open_ = [
-        link
-        for link in chain
-        if link.block not in inside and not any(link.end.startswith(f"{outer}.") for outer in whole)
-    ]
-    maps = [at for at, link in enumerate(open_) if len(link.shape) > 2 and _positions(link.shape) > 1]
-    return open_[: maps[-1] + 1] if maps else open_
+    cuttable = [link for link in chain if not any(link.end.startswith(f"{outer}.") for outer in whole)]
+    maps = [link for link in cuttable if len(link.shape) > 2 and _positions(link.shape) > 1]
+    if not maps:
+        return [link for link in cuttable if link.block not in inside]
+    _check_head(model, maps[-1], chain, batch)
+    body = cuttable[: cuttable.index(maps[-1])]
+    return [*(link for link in body if link.block not in inside), maps[-1]]  # a run may go on with the pooling
+
+
+def _check_head(model: nn.Module, last: Link, chain: Sequence[Link], batch: Tensor) -> None:
+    """Checks that what follows the last map is a head: pooling and what comes after it, or vectors.
+
+    A layer with weights that makes the map a single position, in place of a pooling, is a part of the backbone, as is what
+    follows it: the inputs are too small.
+    """
+    lost: list[Link] = []
+    for link in chain[chain.index(last) + 1 :]:
+        if len(link.shape) <= 2 or not (lost or _trained(model, link)):
+            break
+        if _trained(model, link):
+            lost.append(link)
+    if lost:
+        raise ValueError(
+            f"stages are looked for up to the last map of features, which is that of {last.end!r} for inputs of shape "
+            f"{tuple(batch.shape[1:])}: {tuple(last.shape[1:])}. What follows would not be trained: "
+            f"{[link.end for link in lost]}, {sum(_trained(model, link) for link in lost):,} weights. Give larger inputs "
+            f"(example=), or name the stages yourself: stages=[..., {lost[-1].end!r}]"
+        )
+
+
+def _trained(model: nn.Module, link: Link) -> int:
+    return sum(weight.numel() for weight in model.get_submodule(link.block).parameters() if weight.requires_grad)
 
 
 def _positions(shape: torch.Size) -> int:
@@ -120,7 +130,8 @@ def weigh(
         forward, kept, spent = max(live.history[before:]) - start, live.history[-1] - start, flops.total - counted
         size = output.untyped_storage().nbytes()
         pull, push, weights = _backward(live, output, inlet)
-        takes, decoding = (0.0, 0) if decoder is None else _train(output.detach(), decoder, axis)
+        at = agreed_axis(output, [weight.shape for weight in model.parameters()]) if axis is None else axis
+        takes, decoding = (0.0, 0) if decoder is None else _train(output.detach(), decoder, at)
         sizes = (size, kept, forward, max(pull - start, kept), push - start, takes)
         pieces.append(Piece(ends[stage].end, output.shape, spent, *sizes, decoding, weights))
         inlet, handed_on = cut(output, differentiable=True)
@@ -154,9 +165,9 @@ def _backward(live: LiveBytes, outlet: Tensor, inlet: Tensor | None) -> tuple[in
     return pull, _peak(live, last), sum(weight.numel() for weight in segment.weights)
 
 
-def _train(features: Tensor, decoder: Callable[[int], nn.Module], axis: int | None) -> tuple[float, int]:
+def _train(features: Tensor, decoder: Callable[[int], nn.Module], axis: int) -> tuple[float, int]:
     try:
-        (module,) = attach(decoder, Plan(1, [Unit(0, 0)]), Hard(), [Outlet(features, None)], axis, features.dtype)
+        (module,) = attach(decoder, Plan(1, [Unit(0, 0)]), Hard(), [Outlet(features, None)], axis)
     except ValueError:
         return inf, 0
     return train(module, features)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from threading import get_ident
 from typing import Any, TypeAlias
@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from locallearn._gates import computing
+from locallearn._gates import Guest, original, welcomed
 from locallearn._replay import Learnt, Replay
+from locallearn._undo import Reverted
 
 Run: TypeAlias = tuple[str, ...]  # names of submodules, each of which takes the previous one's output and nothing else
 
 
-@contextmanager
-def recomputed(backbone: nn.Module, runs: Mapping[Run, Learnt], concerned: Callable[[], bool]) -> Iterator[None]:
+def recomputed(backbone: nn.Module, runs: Mapping[Run, Learnt], concerned: Callable[[], bool]) -> Reverted[None]:
     """While open, a forward of ``backbone`` checkpoints each run of submodules as one function.
 
     This is just ``checkpoint(module, input, use_reentrant=False)`` for a run of one. What the backbone checkpoints itself
@@ -33,17 +33,8 @@ def recomputed(backbone: nn.Module, runs: Mapping[Run, Learnt], concerned: Calla
         concerned: tells, when a submodule is called, whether the call is a part of the pass.
     """
     again: set[int] = set()  # threads in which something runs a second time
-
-    def takes_part() -> bool:
-        return concerned() or get_ident() in again
-
-    with ExitStack() as open_:
-        for run, learnt in runs.items():
-            joined = _Joined(run, [backbone.get_submodule(name) for name in run], again, learnt)
-            for at, module in enumerate(joined.modules):
-                gate = open_.enter_context(computing(module, takes_part, partial(joined.call, at)))
-                joined.forwards.append(gate.original)
-        yield
+    joined = [_Joined(run, [backbone.get_submodule(name) for name in run], again, runs[run], concerned) for run in runs]
+    return welcomed([guest for one in joined for guest in one.guests])
 
 
 def unhooked(backbone: nn.Module, runs: Mapping[Run, Learnt]) -> dict[Run, Learnt]:
@@ -70,22 +61,27 @@ def _has_hooks(module: nn.Module) -> bool:
 class _Joined:
     """Submodules that run one after the other: the first runs them all, and the others hand on what they are given."""
 
-    def __init__(self, run: Run, modules: Sequence[nn.Module], again: set[int], learnt: Learnt) -> None:
-        self.modules = modules
-        self.forwards: list[Callable[..., Any]] = []
-        self._run, self._again, self._learnt = run, again, learnt
+    def __init__(
+        self, run: Run, modules: Sequence[nn.Module], again: set[int], learnt: Learnt, concerned: Callable[[], bool]
+    ) -> None:
+        def takes_part() -> bool:
+            return concerned() or get_ident() in again
+
+        self.guests = [Guest(module, False, takes_part, partial(self._call, at)) for at, module in enumerate(modules)]
+        self._forwards = [original(guest) for guest in self.guests]
+        self._run, self._modules, self._again, self._learnt = run, modules, again, learnt
         self._whole: Any = None
 
-    def call(self, at: int, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _call(self, at: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if at:
-            return self._later(at, original, *args, **kwargs)
+            return self._later(at, forward, *args, **kwargs)
         if torch.is_grad_enabled() and not in_checkpoint():
             return self._first(*args, **kwargs)
-        return original(*args, **kwargs)
+        return forward(*args, **kwargs)
 
     def _first(self, *args: Any, **kwargs: Any) -> Any:
         versions = [(t, t._version) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        replay = Replay(self._run[0], self.modules, self.forwards, self._again, self._learnt)
+        replay = Replay(self._run[0], self._modules, self._forwards, self._again, self._learnt)
         to_its_end = nullcontext() if self._learnt.same else set_checkpoint_early_stop(False)
         with to_its_end:
             result = checkpoint(partial(replay, **kwargs), *args, use_reentrant=False)
@@ -97,9 +93,9 @@ class _Joined:
         self._whole = result if len(self._run) > 1 else None
         return result
 
-    def _later(self, at: int, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _later(self, at: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self._whole is None:
-            return original(*args, **kwargs)
+            return forward(*args, **kwargs)
         if len(args) != 1 or kwargs or args[0] is not self._whole or in_checkpoint():
             raise RuntimeError(
                 f"{self._run[at]!r} does not take the output of {self._run[at - 1]!r} as it is, though it did when the backbone "

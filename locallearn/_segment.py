@@ -32,7 +32,7 @@ class _Seed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, outlet: Tensor, box: list[Tensor]) -> Tensor:
         ctx.box = box
-        return outlet.new_zeros(())
+        return outlet.new_zeros((), dtype=outlet.dtype.to_real())  # a backward starts from a real number
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import traceback
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from locallearn._cuts import check_order, hooked, one_tensor, submodules
 from locallearn._isolation import Isolation
+from locallearn._quiet import undisturbed
 from locallearn._segment import Segment, cut
+from locallearn._undo import attached
 
 
 class Outlet(NamedTuple):
@@ -20,18 +22,23 @@ class Outlet(NamedTuple):
     Attributes:
         features: the tensor, detached.
         module: the stage itself if it is one module that takes one tensor, else ``None``.
+        weights: shapes of the stage's weights, of all the backbone's if none of them is trained.
     """
 
     features: Tensor
     module: nn.Module | None
+    weights: tuple[torch.Size, ...] = ()
 
 
 def probe(backbone: nn.Module, cuts: tuple[str, ...], batch: Tensor) -> list[Outlet]:
     """Runs ``backbone`` on ``batch`` and checks that the stages follow each other and share nothing.
 
+    What ``backbone`` does to ``batch`` in place is done to it; all else is left as it was.
+
     Raises:
-        TypeError: if an outlet is not one tensor.
-        ValueError: if a stage never ran, ran twice or out of order, if something crosses a cut, or if the forward fails.
+        TypeError: if an outlet is not one tensor, or one of integers.
+        ValueError: if a stage never ran, ran twice or out of order, if something crosses a cut, if an outlet's first axis is
+            not the batch's, or if the forward fails.
     """
     modules = submodules(backbone, cuts)
     isolation = Isolation(backbone, cuts)
@@ -55,24 +62,22 @@ def probe(backbone: nn.Module, cuts: tuple[str, ...], batch: Tensor) -> list[Out
             isolation.opens(len(ran), inlet)
         return handed_on
 
-    handles = [module.register_forward_pre_hook(on_inlet, with_kwargs=True) for module in modules]
+    quiet, before = undisturbed(backbone), attached(dict.fromkeys(modules, on_inlet), {})
+    after = hooked(modules, on_outlet)
     try:
-        with undisturbed(backbone), torch.enable_grad(), hooked(modules, on_outlet):
+        with quiet, quiet, before, before, after, after, torch.enable_grad():
             backbone(batch)
     except Exception as error:
-        raise ValueError(
-            f"{type(backbone).__name__} does not run on a batch of shape {tuple(batch.shape)} and {batch.dtype} ({error}). "
-            "Give a batch that it takes: LocalWrapper(..., example=batch)"
-        ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
+        raise ValueError(_failure(backbone, cuts, batch, error)) from error
     check_order(cuts, ran, backbone)
     outlets: list[Outlet] = []
     for stage, (output, begin) in enumerate(ends):
         segment = Segment(one_tensor(stage, cuts[stage], output), begin)
         isolation.claim_stage(stage, segment.weights)
-        outlets.append(Outlet(segment.outlet.detach(), modules[stage] if alone[stage] else None))
+        _check_kind(stage, cuts[stage], segment.outlet)
+        check_rows(stage, cuts[stage], segment.outlet, len(batch), strict=True)
+        weights = tuple(weight.shape for weight in segment.weights or backbone.parameters())
+        outlets.append(Outlet(segment.outlet.detach(), modules[stage] if alone[stage] else None, weights))
     return outlets
 
 
@@ -88,6 +93,85 @@ def spanned(backbone: nn.Module, cuts: tuple[str, ...], batch: Tensor) -> list[b
         with undisturbed(backbone), torch.set_grad_enabled(enabled), hooked(submodules(backbone, cuts), note):
             backbone(batch)
     return [not (on and not off) for on, off in zip(modes[True], modes[False], strict=True)]
+
+
+def check_graph(backbone: nn.Module) -> None:
+    """Checks that a forward of ``backbone`` can have a graph at all.
+
+    Raises:
+        RuntimeError: in inference mode.
+        ValueError: if parameters were made there.
+    """
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "the stages are found by the graph of a forward, and torch.inference_mode() builds none. Wrap outside of it; to "
+            "evaluate, call the wrapped model in it"
+        )
+    if made := [name for name, weight in backbone.named_parameters() if weight.is_inference()]:
+        raise ValueError(
+            f"{type(backbone).__name__} was made inside of torch.inference_mode(), so that its parameters {made[:3]} can never "
+            "be trained. Build it outside"
+        )
+
+
+def _failure(backbone: nn.Module, cuts: tuple[str, ...], batch: Tensor, error: Exception) -> str:
+    """What to say of ``error``: whose fault it is shows in a forward without hooks."""
+    kind, given = type(backbone).__name__, f"a batch of shape {tuple(batch.shape)} and {batch.dtype}"
+    told = f"{type(error).__name__}: {error}" if str(error) else f"{type(error).__name__} {_where(error)}"
+    try:
+        quiet = undisturbed(backbone)
+        with quiet, quiet:
+            backbone(batch.clone())
+    except Exception:  # noqa: BLE001 - the user's code may raise anything
+        return (
+            f"{kind} does not run on {given} ({told}). If it takes another batch, give that: LocalWrapper(..., example=batch). "
+            "If not, it fails without LocalWrapper too: model.eval()(batch)"
+        )
+    return (
+        f"{kind} does not run on {given} if stages end after {list(cuts)}, though it runs without ({told}). Over a cut passes "
+        "a tensor that is equal to the outlet, but another object without its graph; end the stages where that will do"
+    )
+
+
+def _where(error: Exception) -> str:
+    """Where an exception without a text was raised."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"in {frame.name}, line {frame.lineno} of {frame.filename}: {frame.line}"
+
+
+def _check_kind(stage: int, cut: str, outlet: Tensor) -> None:
+    if not (outlet.is_floating_point() or outlet.is_complex()):
+        raise TypeError(
+            f"stage {stage} ends after {cut!r}, which returned {outlet.dtype}; no gradient passes such a tensor. End the stage "
+            "after a submodule that returns floating-point numbers"
+        )
+
+
+def check_rows(stage: int, cut: str, outlet: Tensor, rows: int, *, strict: bool = False) -> None:
+    """Checks that the first axis of ``outlet`` is that of a batch of ``rows``, or a batch with an axis folded into it.
+
+    Args:
+        stage: for the message.
+        cut: likewise.
+        outlet: of the stage.
+        rows: of the batch.
+        strict: whether an outlet whose second axis is as long as the batch is taken for one with the batch second.
+
+    Raises:
+        ValueError: otherwise.
+    """
+    shape = tuple(outlet.shape)
+    if len(shape) < 2:
+        raise ValueError(
+            f"stage {stage} ends after {cut!r}, which returned shape {shape}; a decoder reads (batch, channels, ...). End the "
+            "stage after a submodule that returns so much"
+        )
+    if shape[0] == rows or (shape[0] % rows == 0 and shape[0] > 0 and not (strict and shape[1] == rows)):
+        return
+    raise ValueError(
+        f"stage {stage} ends after {cut!r}, which returned shape {shape} for a batch of {rows}; the first axis of an outlet is "
+        "the batch, whose views a unit tells apart by it. End the stage after a submodule that returns the batch first"
+    )
 
 
 def example_batch(backbone: nn.Module, example: Tensor | Sequence[Tensor] | None) -> Tensor:
@@ -112,6 +196,8 @@ def channel_axis(features: Tensor) -> int:
     any other                               1     channels first
     ======================================  ====  ==================================================
 
+    Where the shape misleads, :func:`agreed_axis` finds out.
+
     Example:
         >>> channel_axis(torch.zeros(2, 64, 56, 56)), channel_axis(torch.zeros(2, 56, 56, 96))
         (1, -1)
@@ -122,24 +208,21 @@ def channel_axis(features: Tensor) -> int:
     return 1
 
 
-@contextmanager
-def undisturbed(*modules: nn.Module) -> Iterator[None]:
-    """Runs what is inside in eval mode, then puts back every submodule's mode, buffers and the random state."""
-    parts = [part for module in modules for part in module.modules()]
-    modes = [part.training for part in parts]
-    buffers = [dict(part._buffers) for part in parts]
-    before = [(t, t._version, t.clone()) for held in buffers for t in held.values() if t is not None]
-    gpus = {t.device.index for module in modules for t in module.parameters() if t.is_cuda}
-    try:
-        with torch.random.fork_rng(gpus if torch.cuda.is_available() else ()):
-            for module in modules:
-                module.eval()
-            yield
-    finally:
-        for part, mode, held in zip(parts, modes, buffers, strict=True):
-            part.training = mode
-            part._buffers.update(held)
-        with torch.no_grad():
-            for buffer, version, value in before:
-                if buffer._version != version:
-                    buffer.copy_(value)
+def agreed_axis(features: Tensor, weights: Iterable[torch.Size]) -> int:
+    """The axis that :func:`channel_axis` tells, unless the stage's weights tell another.
+
+    Raises:
+        ValueError: if no weight has the size of that axis, but some weight puts out what the other candidate has.
+    """
+    at = channel_axis(features)
+    shape, other = tuple(features.shape), -1 if at == 1 else 1
+    square = at == 1 and features.ndim > 3 and len(set(shape[2:])) == 1  # maps with channels first, whatever their size
+    sizes = [size for size in weights if len(size)]
+    known = {size[0] for size in sizes} | {size[1] for size in sizes if len(size) > 1}
+    if features.ndim > 2 and not square and shape[at] not in known and shape[other] in {size[0] for size in sizes}:
+        raise ValueError(
+            f"which axis of an outlet of shape {shape} holds the channels? Its shape tells axis {at}, of size {shape[at]}, but "
+            f"the stage's weights have size {shape[other]}, that of axis {other}. Say channel_axis={other} (or {at}): "
+            f"LocalWrapper(..., channel_axis={other})"
+        )
+    return at

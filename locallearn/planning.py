@@ -9,11 +9,13 @@ from math import inf
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from locallearn._pieces import Piece, fake_copy, places, weigh
+from locallearn._fakes import analysed, fake_copy
+from locallearn._pieces import Piece, places, weigh
 from locallearn._policy import Policy, runs
 from locallearn._predict import predict
-from locallearn._shapes import example_batch
+from locallearn._shapes import check_graph, example_batch
 from locallearn.decoders import ConvMLPDecoder
 from locallearn.plan import Plan
 from locallearn.schedules import sequential
@@ -102,8 +104,10 @@ def plan_stages(
         >>> plan_stages(net, torch.zeros(8, 3, 16, 16), n=3).stages
         ('2', '3', '5')
     """
+    check_graph(model)
     batch = sixty_four(model, None) if example is None else example_batch(model, example)
-    plain, lean = _weighed(model, batch, decoder, channel_axis, checkpoint)
+    with analysed(model) as fake:
+        plain, lean = _weighed(model, batch, decoder, channel_axis, checkpoint, fake)
     plan = Plan.windows(n, overlap)
     best = _best(plan, lean if checkpoint else plain, inf if budget is None else budget, peak_first=budget is None)
     ends = [0, *best]
@@ -122,10 +126,15 @@ def sixty_four(model: nn.Module, example: Tensor | Sequence[Tensor] | None) -> T
 
 
 def _weighed(
-    model: nn.Module, batch: Tensor, decoder: Callable[[int], nn.Module], axis: int | None, checkpoint: Policy
+    model: nn.Module,
+    batch: Tensor,
+    decoder: Callable[[int], nn.Module],
+    axis: int | None,
+    checkpoint: Policy,
+    fake: FakeTensorMode,
 ) -> tuple[list[Piece], list[Piece]]:
     """Every piece as it is, and recomputed."""
-    copied, fake = fake_copy(model)
+    copied = fake_copy(model, fake)
     policy = checkpoint or True
     with fake:
         images = torch.zeros(batch.shape, dtype=batch.dtype, device=batch.device)
@@ -134,7 +143,12 @@ def _weighed(
             copied.train()
         chosen = runs(copied, [end.end for end in ends], policy, images)
         plain = weigh(copied, images, ends, decoder, axis)
-        lean = weigh(copied, images, ends, None, axis, chosen)
+        try:
+            lean = weigh(copied, images, ends, None, axis, chosen)
+        except RuntimeError:  # a part that begins in place cannot be recomputed, which matters to those who ask for it
+            if checkpoint:
+                raise
+            lean = plain
     pairs = zip(lean, plain, strict=True)
     return plain, [piece._replace(train=known.train, decoder_flops=known.decoder_flops) for piece, known in pairs]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from os import PathLike
@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeCopyMode
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
 from locallearn._chain import Link
+from locallearn._fakes import analysed
 from locallearn._objective import concatenated
-from locallearn._pieces import fake_mode, train, weigh
+from locallearn._pieces import train, weigh
 from locallearn._predict import predict
 from locallearn.measure import Flops, LiveBytes
 from locallearn.plan import Plan, Unit
@@ -113,14 +114,18 @@ def memory_report(model: LocalWrapper, *views: Tensor, targets: Any = None) -> M
         >>> [name for name in report.names]
         ['forward to stage 1', 'unit 0, forward to stage 2', 'unit 1']
     """
-    mode = fake_mode(model)
+    with analysed(model) as mode:
+        return _reported(model, views, targets, mode)
+
+
+def _reported(model: LocalWrapper, views: Sequence[Tensor], targets: Any, mode: FakeTensorMode) -> MemoryReport:
     with FakeCopyMode(mode):
         copied, again, whole = (deepcopy(model) for _ in range(3))
         pair, aims = deepcopy([view.detach() for view in views]), deepcopy(targets)
     _unite(whole)
     with mode:
         actions = model._course.actions
-        batch = concatenated(pair)
+        batch = concatenated(pair, copy=model._changes_views)
         copied_views = 0 if batch.untyped_storage() is pair[0].untyped_storage() else batch.nbytes
         ahead = predict(model.plan, actions, _weighed(again, batch), base=copied_views)
         del batch

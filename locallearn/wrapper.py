@@ -13,10 +13,10 @@ from locallearn._attach import attach
 from locallearn._cuts import find, submodules
 from locallearn._engine import LocalPass
 from locallearn._gradients import Accumulate, Collect, Sink
-from locallearn._objective import Loss, concatenated, registered, unit_loss, warn_of_fp16
+from locallearn._objective import Loss, ViewsChangedError, concatenated, registered, spared, unit_loss, warn_of_fp16
 from locallearn._policy import Policy, runs
 from locallearn._segment import leaves
-from locallearn._shapes import example_batch, probe, spanned
+from locallearn._shapes import check_graph, check_rows, example_batch, probe, spanned
 from locallearn.decoders import ConvMLPDecoder
 from locallearn.distributed import world_size
 from locallearn.losses import InfoNCE
@@ -111,6 +111,7 @@ class LocalWrapper(nn.Module):
         if channel_axis not in (None, 1, -1):
             raise ValueError(f"channel_axis is 1, -1 or None; got {channel_axis}")
         submodules(model, ())  # refuses a compiled one
+        check_graph(model)
         if stages == "auto":
             stages = _automatic(
                 model, plan or (sharing or Hard()).plan(4, overlap), decoder, checkpoint, example, channel_axis
@@ -123,10 +124,11 @@ class LocalWrapper(nn.Module):
         self._course = Course(plan, schedule)
         self.backbone = model
         batch = example_batch(model, example)
-        outlets = probe(model, self.stages, batch)
-        dtype = next((t.dtype for t in model.parameters() if t.is_floating_point()), torch.get_default_dtype())
+        images = batch.detach().clone()
+        outlets = probe(model, self.stages, images)
+        self._changes_views = images._version > 0
         self._runs = runs(model, self.stages, checkpoint, batch)
-        self.decoders = attach(decoder, plan, self.sharing, outlets, channel_axis, dtype)
+        self.decoders = attach(decoder, plan, self.sharing, outlets, channel_axis, _under_autocast(model, batch))
         self.loss = registered(InfoNCE() if loss is None else loss, len(plan.units))
         self._whole = [outlet.module is not None for outlet in outlets]
         gaps = set(range(max(self._course.last_uses))) - self._course.last_uses.keys()
@@ -201,20 +203,27 @@ class LocalWrapper(nn.Module):
     def _pass(
         self, views: tuple[Tensor, ...], targets: Any, sink: Sink | None, grad_scale: float | Tensor | None
     ) -> Tensor:
-        batch = concatenated(views)
+        batch = concatenated(views, copy=self._changes_views)
         ends = submodules(self.backbone, self.stages)
         if sink is not None and grad_scale is None:
             warn_of_fp16(batch.device.type)
 
         def evaluate(k: int, features: Tensor) -> Tensor:
             loss = self.loss[k] if isinstance(self.loss, nn.ModuleList) else self.loss
+            last = self.plan.units[k].last
+            check_rows(last, self.stages[last], features, len(batch))
             return unit_loss(k, self.decoders[k], loss, len(views), targets, features)
 
         torch.clear_autocast_cache()  # a weight cast under no_grad before would be found there, without its graph
         local = LocalPass(
             self.backbone, self.stages, ends, self._course, evaluate, sink, grad_scale, self._runs, self._spanned
         )
-        losses = torch.stack(local.run(batch))
+        try:
+            with spared(batch, views):
+                losses = torch.stack(local.run(batch))
+        except ViewsChangedError:
+            self._changes_views = True
+            raise
         self.losses = losses
         self._train_penalty(ends, sink, grad_scale)
         return losses
@@ -226,6 +235,14 @@ class LocalWrapper(nn.Module):
             self.penalty = None if penalty is None else penalty.detach()
             if sink is not None and penalty is not None and penalty.requires_grad:
                 sink.push(penalty if grad_scale is None else penalty * grad_scale, leaves(penalty), None)
+
+
+def _under_autocast(model: nn.Module, batch: Tensor) -> torch.dtype | None:
+    """Under autocast an outlet's dtype does not tell that of weights."""
+    device = batch.device.type
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return None
+    return next((weight.dtype for weight in model.parameters() if weight.is_floating_point()), None)
 
 
 def _automatic(

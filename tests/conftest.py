@@ -11,8 +11,13 @@ torch.set_num_threads(1)  # on tensors as small as these, threads only wait for 
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--full", action="store_true", help="the whole cross of tests/test_engine.py, not a sample of it")
+    parser.addoption("--full", action="store_true", help="whole crosses where CI runs a sample of them")
     parser.addoption("--cases", type=int, default=0, help="how many new cases tests/test_properties.py draws")
+
+
+@pytest.fixture
+def full(request: pytest.FixtureRequest) -> bool:
+    return bool(request.config.getoption("--full"))
 
 
 @pytest.fixture(autouse=True)

@@ -20,11 +20,11 @@ LAYERS = [  # what stands further down may not import what stands above it, or b
     {"_engine", "_attach", "_policy"},
     {"_chain"},
     {"_shapes", "measure"},
-    {"sharing", "_cuts", "_isolation"},
+    {"sharing", "_cuts", "_isolation", "_quiet"},
     {"_recompute"},
     {"_replay"},
     {"schedules", "_segment", "_gradients", "_objective", "_gates", "_sameness", "decoders", "losses"},
-    {"distributed"},
+    {"distributed", "_undo", "_fakes"},
     {"plan"},
 ]
 STANDALONE = {"decoders": set(), "models": set(), "losses": {"distributed"}, "measure": {"losses"}}
