@@ -232,7 +232,6 @@ HOOKS: dict[str, Callable[[nn.Module], object]] = {
     "looks": lambda m: m.register_forward_hook(lambda module, args, output: None),
     "backward": lambda m: m.register_full_backward_hook(lambda module, back, _: _scale(2.0, back)),
     "before backward": lambda m: m.register_full_backward_pre_hook(lambda module, front: _scale(0.5, front)),
-    "weights": lambda m: [w.register_hook(lambda g: 3 * g) for w in m.parameters() if w.requires_grad],
 }
 
 
@@ -244,7 +243,7 @@ def networks(draw: st.DrawFn) -> Drawn:
     size = len(backbone)
     cuts = sorted(draw(st.sets(st.integers(0, size - 1), min_size=1, max_size=5), label="cuts"))
     policy = POLICIES[draw(st.sampled_from(list(POLICIES)), label="policy")]
-    modules = [module for module in backbone.modules() if module is not backbone]
+    modules = [module for name, module in backbone.named_modules() if name and "parametrizations" not in name]
     for at in draw(st.sets(st.integers(0, len(modules) - 1), max_size=2), label="frozen"):
         modules[at].requires_grad_(False)
     for at in draw(st.sets(st.integers(0, len(modules) - 1), max_size=2), label="in eval mode"):
