@@ -70,7 +70,7 @@ class _Part:
         for name, (buffer, version, value) in self._buffers.items():
             if dict(self._part._buffers).get(name) is not buffer:
                 self._part._buffers[name] = buffer
-            if _version(buffer) != version:
+            if _version(buffer) != version or _differ(buffer, value):
                 buffer.detach().copy_(value)
 
 
@@ -87,6 +87,11 @@ def _fill(held: Any, before: Any) -> None:
 def _content(held: Any) -> list[Any]:
     values = [*held, *held.values()] if isinstance(held, dict) else list(held)
     return sorted(map(id, values)) if isinstance(held, set) else [id(value) for value in values]
+
+
+def _differ(buffer: Tensor, value: Tensor) -> bool:
+    """Told by the numbers, where there are any: batch normalisation writes its statistics without a new version."""
+    return type(buffer) is Tensor and not buffer.is_meta and not torch.equal(buffer, value)
 
 
 def _version(tensor: Tensor) -> int:
