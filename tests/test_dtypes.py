@@ -68,6 +68,12 @@ def test_under_autocast_decoders_have_the_dtype_of_the_weights() -> None:
     assert {weight.dtype for weight in model.parameters()} == {torch.float32}
 
 
+def test_cuts_are_found_in_a_backbone_of_another_dtype() -> None:
+    net = nn.Sequential(*[nn.Conv2d(3 if k == 0 else 8, 8, 3, padding=1) for k in range(4)]).bfloat16()
+    model = LocalWrapper(net, "auto", plan=Plan.windows(3, 1), example=torch.rand(2, 3, 16, 16, dtype=torch.bfloat16))
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+
+
 # ---------------------------------------------------------------- complex outlets
 
 
