@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from hardware import hardware
+from hardware import machine
 from torch import Tensor, nn
 from torchvision import models
 
@@ -62,11 +62,15 @@ BLOCKS = [f"encoder.layers.encoder_layer_{k}" for k in (2, 5, 8, 11)]
 NETWORKS = {
     "resnet50": Network(models.resnet50, LAYERS, ConvMLPDecoder),
     "vit_s16": Network(partial(models.VisionTransformer, 224, 16, 12, 6, 384, 1536), BLOCKS, TokenDecoder),
-    "tiny": Network(models.resnet18, LAYERS, ConvMLPDecoder),
+    "tiny": Network(
+        lambda: nn.Sequential(*(nn.Conv2d(8 if k else 3, 8, 3, padding=1) for k in range(4))),
+        list("0123"),
+        ConvMLPDecoder,
+    ),
 }
 
 
-def tests(device: str) -> dict[str, Any]:
+def cuda_tests(device: str) -> dict[str, Any]:
     """The tests that need the device; where there is none, they are all skipped, which holds."""
     command = [sys.executable, "-m", "pytest", "-m", "cuda", "-q", "-p", "no:cacheprovider", "tests/test_cuda.py"]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -112,8 +116,8 @@ def _cuda_peak(model: LocalWrapper, views: tuple[Tensor, ...]) -> int:
 
 def pieces(device: str) -> Iterator[Piece]:
     """In an order of value."""
-    yield Piece("tests", 240, tests)
-    cases = [("tiny", 2, 64)] if device == "cpu" else [("resnet50", 32, 224), ("vit_s16", 32, 224)]
+    yield Piece("tests", 240, cuda_tests)
+    cases = [("tiny", 2, 16)] if device == "cpu" else [("resnet50", 32, 224), ("vit_s16", 32, 224)]
     for arch, batch, size in cases:
         for overlap, checkpoint in ((1, False), (0, False), (1, True), (3, False)):
             name = f"memory-{arch}-overlap{overlap}{'-recomputed' * checkpoint}"
@@ -170,7 +174,7 @@ def _run(piece: Piece, device: str) -> dict[str, Any]:
         found = {"error": f"{type(error).__name__}: {error}", "holds": False}
     if device == "cuda":
         torch.cuda.empty_cache()
-    return {**found, "device": device, "hardware": hardware(device), "seconds": time.monotonic() - began}
+    return {**found, "device": device, "hardware": machine(device), "seconds": time.monotonic() - began}
 
 
 def _write(path: Path, found: dict[str, Any]) -> None:
