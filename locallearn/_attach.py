@@ -122,5 +122,5 @@ def _try(k: int, decoder: nn.Module, outlet: Tensor) -> None:
             )
             raise ValueError(
                 f"the decoder of unit {k} does not run on the outlet it reads, of shape {tuple(outlet.shape)}: "
-                f"{error or type(error).__name__}{complex_}"
+                f"{str(error) or type(error).__name__}{complex_}"
             ) from error

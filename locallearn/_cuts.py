@@ -154,7 +154,9 @@ def one_tensor(stage: int, cut: str, output: object) -> Tensor:
     size = f" of {len(output)}" if isinstance(output, tuple | list | dict) else ""
     raise TypeError(
         f"stage {stage} ends after {cut!r}, which returned a {kind}{size}; one tensor passes a cut. End the stage after a "
-        "submodule that returns a tensor, or wrap this one so that it does"
+        "submodule that returns a tensor. If there is none, make one where the tensor is: `class Ended(type(block))` whose "
+        "forward passes it through `self.end`, then `block.__class__, block.end = Ended, nn.Identity()`, and end the stage after "
+        f"'{cut}.end'. docs/your-backbone.md has the lines, under 'Blocks that return more than a tensor'"
     )
 
 
@@ -167,10 +169,7 @@ def check_order(cuts: Sequence[str], ran: Sequence[int], backbone: nn.Module) ->
     never = [cut for stage, cut in enumerate(cuts) if stage not in ran]
     twice = sorted({cuts[stage] for stage in ran if ran.count(stage) > 1})
     if never:
-        lists = {cut: len(parts) for cut in never if isinstance(parts := backbone.get_submodule(cut), nn.ModuleList)}
-        ends = [f"{cut}.{length - 1}" for cut, length in lists.items()]
-        hint = f". An nn.ModuleList is never called itself; name its last element, such as {ends[0]!r}" if ends else ""
-        raise ValueError(f"stages end after submodules that never ran in a forward: {never}{hint}")
+        raise ValueError(f"stages end after submodules that never ran in a forward: {never}{_why(backbone, never)}")
     if twice:
         raise ValueError(
             f"stages end after submodules that ran more than once in a forward: {twice}. End them after submodules that run once"
@@ -179,3 +178,20 @@ def check_order(cuts: Sequence[str], ran: Sequence[int], backbone: nn.Module) ->
         raise ValueError(
             f"stages are listed in the order in which they run: stages={[cuts[stage] for stage in ran]}; got {list(cuts)}"
         )
+
+
+def _why(backbone: nn.Module, never: Sequence[str]) -> str:
+    """What hides the calls of ``never``, and what to name instead."""
+    if isinstance(backbone, torch.fx.GraphModule):
+        return (
+            ". A torch.fx graph, as create_feature_extractor makes it, calls what it was traced down to: blocks have come apart "
+            "into their layers. Trace it with the blocks whole, create_feature_extractor(..., tracer_kwargs={'leaf_modules': "
+            "[type(block)]}), and end stages after blocks; or give the model that it was made from"
+        )
+    inside = {cut: [*backbone.get_submodule(cut)._modules] for cut in never}
+    if ends := [f"{cut}.{parts[-1]}" for cut, parts in inside.items() if parts]:
+        return (
+            ". What holds modules and is not called itself, as an nn.ModuleList, ends with the last of them that is; name "
+            f"that, such as {ends[0]!r}"
+        )
+    return ""

@@ -166,8 +166,21 @@ def _backward(live: LiveBytes, outlet: Tensor, inlet: Tensor | None) -> tuple[in
 
 
 def _train(features: Tensor, decoder: Callable[[int], nn.Module], axis: int) -> tuple[float, int]:
+    def there(width: int) -> nn.Module:
+        """With its weights replaced, where ``Module.to`` would exchange them, which fake tensors do not take."""
+        made = decoder(width)
+        for part in made.modules():
+            for name, weight in part._parameters.items():
+                if weight is not None and weight.is_floating_point():
+                    part._parameters[name] = nn.Parameter(weight.detach().to(features), weight.requires_grad)
+            for name, buffer in part._buffers.items():
+                if buffer is not None:
+                    dtype = features.dtype if buffer.is_floating_point() else buffer.dtype
+                    part._buffers[name] = buffer.to(features.device, dtype)
+        return made
+
     try:
-        (module,) = attach(decoder, Plan(1, [Unit(0, 0)]), Hard(), [Outlet(features, None)], axis)
+        (module,) = attach(there, Plan(1, [Unit(0, 0)]), Hard(), [Outlet(features, None)], axis)
     except ValueError:
         return inf, 0
     return train(module, features)

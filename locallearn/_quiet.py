@@ -6,7 +6,7 @@ from collections import OrderedDict
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from locallearn._segment import version
@@ -71,7 +71,7 @@ class _Part:
         for name, (buffer, before, value) in self._buffers.items():
             if dict(self._part._buffers).get(name) is not buffer:
                 self._part._buffers[name] = buffer
-            if version(buffer) != before:
+            if version(buffer) != before or _differ(buffer, value):
                 buffer.detach().copy_(value)
 
 
@@ -88,3 +88,8 @@ def _fill(held: Any, before: Any) -> None:
 def _content(held: Any) -> list[Any]:
     values = [*held, *held.values()] if isinstance(held, dict) else list(held)
     return sorted(map(id, values)) if isinstance(held, set) else [id(value) for value in values]
+
+
+def _differ(buffer: Tensor, value: Tensor) -> bool:
+    """Told by the numbers, where there are any: batch normalisation writes its statistics without a new version."""
+    return type(buffer) is Tensor and not buffer.is_meta and not torch.equal(buffer, value)

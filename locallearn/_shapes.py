@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from locallearn._cuts import check_order, hooked, one_tensor, submodules
 from locallearn._isolation import Isolation
@@ -107,7 +108,7 @@ def check_graph(backbone: nn.Module) -> None:
             "the stages are found by the graph of a forward, and torch.inference_mode() builds none. Wrap outside of it; to "
             "evaluate, call the wrapped model in it"
         )
-    if made := [name for name, weight in backbone.named_parameters() if weight.is_inference()]:
+    if made := [name for name, weight in backbone.named_parameters() if not is_lazy(weight) and weight.is_inference()]:
         raise ValueError(
             f"{type(backbone).__name__} was made inside of torch.inference_mode(), so that its parameters {made[:3]} can never "
             "be trained. Build it outside"

@@ -54,8 +54,9 @@ class LocalWrapper(nn.Module):
         schedule: in what order the plan is carried out: ``sequential`` (least memory) or ``fused``.
         checkpoint: what runs again in the backward instead of being kept: ``True`` for every block of the backbone and every
             run of simple layers between blocks, such as the stem; a class of modules such as ``Bottleneck``, or a callable
-            ``module -> bool``; or a tuple of those, one inside of another too. Gradients, random numbers and BatchNorm's
-            statistics stay as they are without it.
+            ``module -> bool``; or a tuple of those, one inside of another too. Gradients, torch's random numbers and
+            BatchNorm's statistics stay as they are without it; a part that depends on other state is refused in the first step,
+            which compares what it computes the second time.
         example: a batch that the backbone takes, to find the outlets' widths with; two 224-pixel RGB images by default.
         channel_axis: the axis of the outlets that holds the channels: 1 or -1. By default their shape tells, see
             :func:`locallearn._shapes.channel_axis`. Four-dimensional outlets with channels last reach the decoder with

@@ -77,7 +77,7 @@ BUILDING: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         r"stages=\['b', 'a', 'c'\]; got \['a', 'b', 'c'\]",
     ),
     "never ran": (lambda: wrap(Unused(), ["a", "unused"]), ValueError, r"never ran in a forward: \['unused'\]"),
-    "a ModuleList": (lambda: wrap(Listed(), ["list"], overlap=0), ValueError, "last element, such as 'list.1'"),
+    "a ModuleList": (lambda: wrap(Listed(), ["list"], overlap=0), ValueError, "name that, such as 'list.1'"),
     "ran twice": (lambda: wrap(zoo.RunsTwice(), ABC), ValueError, r"more than once in a forward: \['b'\]"),
     "too few stages": (lambda: wrap(Chain(), ["a"]), ValueError, "overlap=1 needs at least 2 stages; there is 1"),
     "overlap out of range": (lambda: wrap(Chain(), ABC, overlap=3), ValueError, "overlap=3 needs at least 4 stages"),

@@ -1,0 +1,191 @@
+"""What only a CUDA device can tell: ``pytest -m cuda``; skipped where there is none."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from oracle import assert_same, gradients, oracle
+from test_devices import LOSSES
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock
+from zoo import ZOO, conv
+
+from locallearn import LocalWrapper, MLPDecoder, info_nce
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+ENTRIES = ["local_step", "forward"]
+
+
+@pytest.fixture(autouse=True)
+def exact() -> Iterator[None]:
+    """No TF32, and kernels that give the same each time where there is a choice."""
+    known = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = known
+
+
+def wrapped(name: str, dtype: torch.dtype = torch.float64, **options: Any) -> tuple[LocalWrapper, tuple[Tensor, ...]]:
+    specimen = ZOO[name]
+    backbone = specimen.build().to("cuda", dtype)
+    views = tuple(view.to("cuda", dtype) for view in specimen.views())
+    options = {"decoder": specimen.decoder, "example": views[0], **options}
+    return LocalWrapper(backbone, specimen.stages, **options), views
+
+
+def step(model: LocalWrapper, views: tuple[Tensor, ...], entry: str, **options: Any) -> None:
+    if entry == "local_step":
+        model.local_step(*views, **options)
+    else:
+        model(*views, **options).backward()
+
+
+@contextmanager
+def same_random_numbers() -> Iterator[None]:
+    """What runs inside leaves the device's random state as it was."""
+    with torch.random.fork_rng([torch.cuda.current_device()]):
+        yield
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("overlap", [0, 1])
+def test_gradients_are_the_oracles(name: str, entry: str, checkpoint: bool, overlap: int) -> None:
+    model, views = wrapped(name, checkpoint=checkpoint, overlap=overlap)
+    with same_random_numbers():
+        losses, expected = oracle(model, *views)
+    step(model, views, entry)
+    torch.testing.assert_close(model.losses, losses)
+    assert_same(gradients(model), expected, tolerance=1e-8)
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize("name", ["resnet18", "convnext", "sequential"])
+def test_channels_last(name: str, entry: str) -> None:
+    model, views = wrapped(name)
+    model.to(memory_format=torch.channels_last)
+    views = tuple(view.contiguous(memory_format=torch.channels_last) for view in views)
+    with same_random_numbers():
+        expected = oracle(model, *views)[1]
+    step(model, views, entry)
+    assert_same(gradients(model), expected, tolerance=1e-8)
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize("name", ["resnet18", "vit"])
+def test_autocast_to_bf16_is_as_close_as_plain_autograd_is(name: str, entry: str) -> None:
+    model, views = wrapped(name, torch.float32)
+    twin = copy.deepcopy(model)
+    with same_random_numbers(), torch.autocast("cuda", dtype=torch.bfloat16):
+        expected = oracle(model, *views)[1]
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        step(twin, views, entry)
+    assert_close_together(gradients(twin), expected, 0.1)
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize("name", ["resnet18", "vit"])
+def test_autocast_to_fp16_with_a_scaler(name: str, entry: str) -> None:
+    model, views = wrapped(name, torch.float32)
+    with same_random_numbers(), torch.autocast("cuda", dtype=torch.float16):
+        expected = oracle(model, *views)[1]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    scaler = torch.amp.GradScaler("cuda", init_scale=2.0**10)
+    with torch.autocast("cuda", dtype=torch.float16):
+        if entry == "local_step":
+            model.local_step(*views, grad_scale=scaler.scale(torch.ones((), device="cuda")))
+        else:
+            loss = model(*views, grad_scale=scaler.get_scale())
+    if entry == "forward":
+        scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    assert_close_together(gradients(model), expected, 0.1)
+    scaler.step(optimizer)
+    scaler.update()
+
+
+def assert_close_together(ours: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    """All gradients as one vector: by themselves the small ones are rounding."""
+    assert ours.keys() == expected.keys()
+    ours_, theirs = (torch.cat([grads[name].flatten().double() for name in expected]) for grads in (ours, expected))
+    assert (ours_ - theirs).norm() <= tolerance * theirs.norm()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo looks
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_compiled_blocks(entry: str) -> None:
+    torch._dynamo.reset()
+    net = nn.Sequential(conv(3, 4), *[nn.Sequential(BasicBlock(4, 4)) for _ in range(3)]).cuda()
+    views = torch.rand(2, 4, 3, 8, 8, device="cuda").unbind()
+    model = LocalWrapper(net, ["1", "2", "3"], decoder=MLPDecoder, example=views[0])
+    losses, expected = oracle(model, *views)
+    with torch._functorch.config.patch(donated_buffer=False):
+        for stage in list(net)[1:]:
+            stage[0].compile()
+        step(model, views, entry)
+    torch.testing.assert_close(model.losses, losses)
+    assert_same(gradients(model), expected, tolerance=1e-8)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_and_their_gradients_are_those_of_the_cpu(name: str, dtype: torch.dtype) -> None:
+    settings = dict(LOSSES[name])
+    given = [torch.randn(4, 16).to(dtype) for _ in range(2)]
+    if settings.pop("labels", False):
+        settings["labels"] = torch.tensor([0, 1, 0, 2])
+    if size := settings.pop("negatives", None):
+        settings["negatives"] = torch.randn(size).to(dtype)
+    if settings.pop("temperature", False):
+        settings["temperature"] = torch.tensor(0.3)
+    found = []
+    for device in ("cpu", "cuda"):
+        views = [view.to(device).requires_grad_() for view in given]
+        there = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in settings.items()}
+        result = info_nce(*views, **there)
+        loss = (result[0] if isinstance(result, tuple) else result).sum()
+        found.append([loss.detach().cpu(), *(g.cpu() for g in torch.autograd.grad(loss, views))])
+    close = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    torch.testing.assert_close(found[1], found[0], rtol=close, atol=close)
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize("name", ["resnet18", "vit"])
+def test_a_step_waits_for_the_device_nowhere(name: str, entry: str, checkpoint: bool) -> None:
+    model, views = wrapped(name, torch.float32, checkpoint=checkpoint)
+    step(model, views, entry)  # what is learnt in the first step may wait
+    scale = torch.ones((), device="cuda") if entry == "local_step" else None
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(model, views, entry, grad_scale=scale)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_gradients_on_the_device_of_each_stage() -> None:
+    """A backbone on the CPU and the device: its second stage moves what it is given."""
+
+    class Moves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = conv(4, 4).cuda()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x.cuda())  # type: ignore[no-any-return]
+
+    views = torch.rand(2, 4, 3, 8, 8).unbind()
+    model = LocalWrapper(nn.Sequential(conv(3, 4), Moves()), [0, 1], 0, decoder=MLPDecoder, example=views[0])
+    assert [next(decoder.parameters()).device.type for decoder in model.decoders] == ["cpu", "cuda"]
