@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from locallearn._gates import Guest, original, welcomed
 from locallearn._replay import Learnt, Replay
+from locallearn._sameness import has_values
 from locallearn._undo import Reverted
 
 Run: TypeAlias = tuple[str, ...]  # names of submodules, each of which takes the previous one's output and nothing else
@@ -81,9 +82,9 @@ class _Joined:
 
     def _first(self, *args: Any, **kwargs: Any) -> Any:
         versions = [(t, t._version) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        replay = Replay(self._run[0], self._modules, self._forwards, self._again, self._learnt)
-        to_its_end = nullcontext() if self._learnt.same else set_checkpoint_early_stop(False)
-        with to_its_end:
+        compares = not self._learnt.same and all(has_values(t) for t, _ in versions)
+        replay = Replay(self._run[0], self._modules, self._forwards, self._again, self._learnt, compares=compares)
+        with set_checkpoint_early_stop(False) if compares else nullcontext():
             result = checkpoint(partial(replay, **kwargs), *args, use_reentrant=False)
         if any(tensor._version != version for tensor, version in versions):
             raise RuntimeError(

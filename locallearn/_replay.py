@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from locallearn._sameness import Unkept, alike, has_values, samples
 from locallearn._segment import version
@@ -52,7 +51,8 @@ class Replay:
         modules: what runs.
         forwards: how.
         again: gathers the threads in which something runs a second time.
-        learnt: about these modules; what the first replay shows is added.
+        learnt: about these modules; what is found is added.
+        compares: whether the second run is compared with the first.
     """
 
     def __init__(
@@ -62,8 +62,11 @@ class Replay:
         forwards: Sequence[Callable[..., Any]],
         again: set[int],
         learnt: Learnt,
+        *,
+        compares: bool,
     ) -> None:
         self._name, self._forwards, self._again, self._learnt = name, forwards, again, learnt
+        self._compares = compares
         self._parts = list(dict.fromkeys(part for module in modules for part in module.modules()))
         self._before: dict[Place, Tensor | None] | None = None  # what changed, as it was
         self._results: list[Tensor] = []
@@ -81,10 +84,8 @@ class Replay:
         return result
 
     def _first(self, *args: Any, **kwargs: Any) -> Any:
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        learns = not self._learnt.same and all(map(has_values, given))
-        unkept = Unkept(self._parts) if learns else None
-        state = _Registered(self._parts, None if learns else self._learnt.changed)
+        unkept = Unkept(self._parts) if self._compares else None
+        state = _Registered(self._parts, None if self._compares else self._learnt.changed)
         result = self._run(*args, **kwargs)
         self._before = state.changed()
         if unkept is not None:
