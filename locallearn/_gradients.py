@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from locallearn._undo import Reverted
 from locallearn.distributed import in_use
 
 
@@ -45,7 +45,8 @@ class Collect:
         inputs = [*weights] if inlet is None else [*weights, inlet]
         if not inputs:
             return []
-        with _hooks_off(weights):
+        off = _hooks_off(weights)
+        with off, off:
             gradients = list(torch.autograd.grad(root, inputs, allow_unused=True))
         at_inlet = gradients.pop() if inlet is not None else None
         for weight, gradient in zip(weights, gradients, strict=True):
@@ -104,14 +105,16 @@ def _emptied(items: list[Tensor | None]) -> Iterator[Tensor | None]:
         yield items.pop()
 
 
-@contextmanager
-def _hooks_off(weights: Sequence[Tensor]) -> Iterator[None]:
+def _hooks_off(weights: Sequence[Tensor]) -> Reverted[None]:
     """Keeps ``weight.register_hook`` hooks from running now: they run when the gradient is delivered."""
     hooked = [(weight, weight._backward_hooks) for weight in weights if weight._backward_hooks]
-    try:
+
+    def off() -> None:
         for weight, _ in hooked:
             weight._backward_hooks = None
-        yield
-    finally:
+
+    def on() -> None:
         for weight, hooks in hooked:
             weight._backward_hooks = hooks
+
+    return Reverted(off, on)

@@ -129,6 +129,7 @@ def test_an_interrupt_in_a_step(entry: str, full: bool) -> None:
     assert isinstance(model, LocalWrapper)
     pair = torch.rand(2, 2, 3, 4, 4).unbind()
     modes = [module.training for module in net.modules()]
+    handle = net[2].weight.register_hook(lambda gradient: gradient)
     getattr(model, entry)(*pair)
     total = lines_of(lambda: getattr(model, entry)(*pair))
     assert total > 100
@@ -136,6 +137,8 @@ def test_an_interrupt_in_a_step(entry: str, full: bool) -> None:
         interrupt = traced(Interrupted(at), lambda: getattr(model, entry)(*pair))
         assert interrupt is not None or at > total - 50  # the lines of a step vary a little
         assert_plain(net, modes, {}, training=True)
+        assert net[2].weight._backward_hooks
+    handle.remove()
     net[0].last, net[0].seen = None, []
     model.zero_grad()
     expected = oracle(model, *pair)[1]
