@@ -65,7 +65,9 @@ def test_sharing_one_block_is_a_finer_cut_and_a_plan() -> None:
 
 def soft_oracle(model: LocalWrapper, coefficient: float, *pair: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Greedy gradients of the units' losses, and those of the penalty written out by hand."""
-    losses, expected = oracle(model, *pair)
+    greedy = copy.deepcopy(model)
+    greedy.sharing = Hard()  # which has no penalty
+    losses, expected = oracle(greedy, *pair)
     for k in range(2):
         for name, weight in model.backbone[k + 1].named_parameters():  # type: ignore[index]
             copied = model.decoders[k].get_parameter(f"0.stage.{name}")

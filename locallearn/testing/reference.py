@@ -1,0 +1,216 @@
+"""One plain forward, and one whole backward per unit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from locallearn.testing.copies import copied, double, doubled, gradients, replayed, under_autocast
+from locallearn.wrapper import LocalWrapper
+
+
+class LocalGradients(NamedTuple):
+    """What a local pass must give.
+
+    Attributes:
+        losses: of the units, shape ``(units,)``.
+        penalty: the sharing's, or ``None``.
+        gradients: by the parameters' names; those that no unit trains are left out.
+        buffers: as they are after the forward, by name. Those that a backward changes again are left out: a
+            ``torch.utils.checkpoint`` of your own updates BatchNorm's statistics as often as something is run again.
+        stages: the stage that each weight of the backbone belongs to, by name.
+        trained_by: the units whose losses train each parameter, by name.
+        dtype: the coarsest one in which anything between the weights and the losses was computed.
+    """
+
+    losses: Tensor
+    penalty: Tensor | None
+    gradients: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    stages: dict[str, int]
+    trained_by: dict[str, tuple[int, ...]]
+    dtype: torch.dtype
+
+
+def local_gradients(model: LocalWrapper, *views: Tensor, targets: Any = None) -> LocalGradients:
+    """The gradients of the units' losses by plain autograd: one forward, and one whole backward per unit.
+
+    Everything happens on deep copies in double precision, complex numbers in ``complex128``. A model that fails there
+    (a part of it casts to single precision), and any inside of autocast, keeps the precision that it has.
+
+    ``model`` stays as it was, and so do the random numbers of torch (on all devices), Python and numpy: what follows
+    draws those that were drawn here. Hooks of modules are copied along; hooks of weights (``weight.register_hook``) are
+    not, since torch does not copy them. What a copy does not reach is shared with it, such as a list to which a hook appends.
+
+    Args:
+        model: a wrapped backbone, in the mode and with the weights frozen in which it is to be looked at.
+        views: as for :meth:`locallearn.LocalWrapper.local_step`; a few images are enough.
+        targets: handed to the loss as its last argument, if not ``None``.
+
+    Raises:
+        TypeError: if ``model`` is not a ``LocalWrapper``, or a view not a tensor.
+        ValueError: without views; if something is trained that no module registers as a parameter; if a stage does not
+            end once.
+        RuntimeError: if the model cannot be copied.
+
+    Example:
+        >>> from torch import nn
+        >>> from locallearn import MLPDecoder
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8), nn.Linear(8, 8))
+        >>> model = LocalWrapper(net, [1, 2, 3], decoder=MLPDecoder, example=torch.rand(2, 4))
+        >>> expected = local_gradients(model, torch.rand(5, 4), torch.rand(5, 4))
+        >>> expected.trained_by["backbone.2.weight"], expected.gradients["backbone.2.weight"].dtype
+        ((0, 1), torch.float64)
+    """
+    return prepared(model, views, targets).expected
+
+
+class Prepared(NamedTuple):
+    """A copy in double precision where that works, what it gets, and what a pass must give on it."""
+
+    model: LocalWrapper
+    views: tuple[Tensor, ...]
+    targets: Any
+    expected: LocalGradients
+    why: str
+
+
+def prepared(model: LocalWrapper, views: tuple[Tensor, ...], targets: Any) -> Prepared:
+    """Copies ``model``, and runs the reference on another copy."""
+    if not isinstance(model, LocalWrapper):
+        inner = " Take what it wraps, `.module`." if isinstance(getattr(model, "module", None), LocalWrapper) else ""
+        raise TypeError(f"a LocalWrapper is compared with plain autograd; got {type(model).__name__}.{inner}")
+    if not views:
+        raise ValueError("a local pass needs at least one view; got none")
+    if wrong := [type(view).__name__ for view in views if not isinstance(view, Tensor)]:
+        raise TypeError(f"views are tensors, one argument per view; got {wrong}")
+    plain, why = copied(model), ""
+    if not under_autocast(views[0]):
+        try:
+            exact = double(copied(model)), tuple(map(doubled, views)), tree_map(doubled, targets)
+            return Prepared(*exact, _reference(copied(exact[0]), *exact[1:]), "")
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is raised below if double precision is not its cause
+            why = f", since in double precision it fails: {str(error).strip() or type(error).__name__}"
+    return Prepared(plain, views, targets, _reference(copied(model), views, targets), why)
+
+
+def _reference(model: LocalWrapper, views: Sequence[Tensor], targets: Any) -> LocalGradients:
+    """Runs on ``model`` itself, which is a copy."""
+    names = {id(weight): name for name, weight in model.named_parameters()}
+    with replayed():
+        outlets = _outlets(model, torch.cat([view.detach() for view in views]))
+        stages: list[list[Tensor]] = []  # the weights that an outlet reaches and the one below does not
+        below: set[int] = set()
+        for outlet in outlets:
+            reached = graph(outlet)[0]
+            stages.append([weight for weight in reached if id(weight) not in below])
+            below |= {id(weight) for weight in reached}
+
+        losses, dtypes, trained_by = [], set[torch.dtype](), dict[str, tuple[int, ...]]()
+        roots: list[tuple[Tensor, list[Tensor]]] = []
+        for k, unit in enumerate(model.plan.units):
+            output = model.decoders[k](outlets[unit.last])
+            loss_k = model.loss[k] if isinstance(model.loss, nn.ModuleList) else model.loss
+            outputs = [output] if len(views) == 1 else output.chunk(len(views))
+            loss = loss_k(*outputs) if targets is None else loss_k(*outputs, targets)
+            heads = [part for part in (model.decoders[k], loss_k) if isinstance(part, nn.Module)]
+            weights = {id(w): w for stage in unit.updates for w in stages[stage]}
+            weights |= {id(w): w for part in heads for w in part.parameters() if w.requires_grad}
+            reached, coarse = graph(loss)
+            dtypes |= coarse
+            _check_registered(k, [weight for weight in reached if id(weight) not in names])
+            for weight in weights:
+                trained_by[names[weight]] = (*trained_by.get(names[weight], ()), k)
+            roots.append((loss, list(weights.values())))
+            losses.append(loss.detach().reshape(()))
+        penalty = _penalty(model)
+        if penalty is not None:
+            roots.append((penalty, graph(penalty)[0]))
+
+        buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+        with torch.autocast(views[0].device.type, enabled=False):
+            for root, inputs in roots:
+                if inputs and root.requires_grad:
+                    torch.autograd.backward(root, inputs=inputs, retain_graph=True)
+    for name, buffer in model.named_buffers():
+        if not _same(buffer, buffers[name]):
+            del buffers[name]
+    return LocalGradients(
+        torch.stack(losses),
+        None if penalty is None else penalty.detach(),
+        gradients(model),
+        buffers,
+        {names[id(weight)]: stage for stage, weights in enumerate(stages) for weight in weights},
+        trained_by,
+        max(dtypes or {losses[0].dtype}, key=lambda dtype: torch.finfo(dtype).eps),
+    )
+
+
+def _outlets(model: LocalWrapper, batch: Tensor) -> list[Tensor]:
+    """What the stages end with, of one plain forward: clones, since the next stage may begin with an operation in place."""
+    ran: list[int] = []
+    outlets: list[Tensor] = []
+
+    def noted(stage: int, end: nn.Module) -> Callable[..., Tensor]:
+        def call(*args: Any, **kwargs: Any) -> Tensor:
+            output: Tensor = end._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+            ran.append(stage)
+            outlets.append(output.clone())
+            return output
+
+        return call
+
+    ends: list[Any] = [model.backbone.get_submodule(name) for name in model.stages]
+    for stage, end in enumerate(ends):  # around the whole call: behind the hooks on its backward, too
+        end._compiled_call_impl = noted(stage, end)
+    model.backbone(batch)
+    for end in ends:
+        del end._compiled_call_impl
+    if ran != list(range(len(ends))):
+        raise ValueError(
+            f"each stage ends once, in the order of stages={list(model.stages)}; in this forward they ended in the order "
+            f"{[model.stages[stage] for stage in ran]}"
+        )
+    return outlets
+
+
+def graph(root: Tensor) -> tuple[list[Tensor], set[torch.dtype]]:
+    """Every leaf that the graph of ``root`` reaches, and the floating dtypes of all that was computed on the way."""
+    found = {id(root): root} if root.grad_fn is None and root.requires_grad else {}
+    dtypes = {root.dtype}
+    seen: set[object] = set()
+    stack: list[Any] = [root.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found[id(node.variable)] = node.variable
+        dtypes |= {result.dtype for result in getattr(node, "_input_metadata", ())}
+        stack += [following for following, _ in node.next_functions]
+    return list(found.values()), {dtype.to_real() for dtype in dtypes if dtype.is_floating_point or dtype.is_complex}
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and bool(torch.isclose(one, other, rtol=0, atol=0, equal_nan=True).all())
+
+
+def _penalty(model: LocalWrapper) -> Tensor | None:
+    ends = [model.backbone.get_submodule(name) for name in model.stages]
+    return model.sharing.penalty(
+        model.decoders, [end if whole else None for end, whole in zip(ends, model._whole, strict=True)]
+    )
+
+
+def _check_registered(k: int, others: Sequence[Tensor]) -> None:
+    if others:
+        raise ValueError(
+            f"the loss of unit {k} reaches {len(others)} trainable tensor(s) that are no parameters of the model, of shapes "
+            f"{[tuple(other.shape) for other in others]}: they have no names, and may be shared with copies of it. Register "
+            "them: a decoder or a loss that holds weights is an nn.Module with nn.Parameters, not a function around them"
+        )
