@@ -55,9 +55,9 @@ def assert_local_gradients(model: LocalWrapper, *views: Tensor, targets: Any = N
     rtol = _RTOL.get(expected.dtype, 2e-1) if rtol is None else rtol
     problems: list[str] = []
     for entry, run in _ENTRIES.items():
-        again = copied(ready.model)
         with replayed():
-            run(again, ready.views, ready.targets)
+            again = copied(ready.model)
+            run(again, [view.detach().clone() for view in ready.views], ready.targets)
         problems += [f"{entry}: {problem}" for problem in _problems(again, expected, rtol)]
     if problems:
         lines = "".join(f"\n  {problem}" for problem in problems)

@@ -17,7 +17,7 @@ from locallearn.wrapper import LocalWrapper
 
 
 def copied(model: LocalWrapper) -> LocalWrapper:
-    """A deep copy without gradients."""
+    """A deep copy, on which nothing has run yet."""
     try:
         copy = deepcopy(model)
     except Exception as error:
@@ -27,6 +27,7 @@ def copied(model: LocalWrapper) -> LocalWrapper:
             "(a lock, a file, a process group) needs a __deepcopy__"
         ) from error
     copy.zero_grad(set_to_none=True)
+    copy.losses = copy.penalty = None
     return copy
 
 
@@ -72,7 +73,7 @@ def replayed() -> Iterator[None]:
         (random.getstate, random.setstate),
     ]
     for accelerator in (torch.cuda, torch.xpu):
-        if accelerator.is_initialized():  # type: ignore[no-untyped-call]
+        if accelerator.is_initialized():
             kept.append((accelerator.get_rng_state_all, accelerator.set_rng_state_all))
     if torch.backends.mps.is_available():
         kept.append((torch.mps.get_rng_state, torch.mps.set_rng_state))
@@ -81,7 +82,9 @@ def replayed() -> Iterator[None]:
     states = [get() for get, _ in kept]
     try:
         with torch.inference_mode(False), torch.enable_grad(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="local_step leaves this process's own gradients")
+            warnings.filterwarnings(
+                "ignore", message="local_step leaves this process's own gradients|fp16 autocast without"
+            )
             yield
     finally:
         for (_, put), state in zip(kept, states, strict=True):

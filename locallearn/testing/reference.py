@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from locallearn.schedules import Forward
 from locallearn.testing.copies import copied, double, doubled, gradients, replayed, under_autocast
 from locallearn.wrapper import LocalWrapper
 
@@ -79,6 +80,7 @@ class Prepared(NamedTuple):
     why: str
 
 
+@replayed()
 def prepared(model: LocalWrapper, views: tuple[Tensor, ...], targets: Any) -> Prepared:
     """Copies ``model``, and runs the reference on another copy."""
     if not isinstance(model, LocalWrapper):
@@ -100,9 +102,10 @@ def prepared(model: LocalWrapper, views: tuple[Tensor, ...], targets: Any) -> Pr
 
 def _reference(model: LocalWrapper, views: Sequence[Tensor], targets: Any) -> LocalGradients:
     """Runs on ``model`` itself, which is a copy."""
-    names = {id(weight): name for name, weight in model.named_parameters()}
     with replayed():
-        outlets = _outlets(model, torch.cat([view.detach() for view in views]))
+        outlets, losses = _forward(model, views, targets)
+        penalty = _penalty(model)
+        names = {id(weight): name for name, weight in model.named_parameters()}
         stages: list[list[Tensor]] = []  # the weights that an outlet reaches and the one below does not
         below: set[int] = set()
         for outlet in outlets:
@@ -110,56 +113,59 @@ def _reference(model: LocalWrapper, views: Sequence[Tensor], targets: Any) -> Lo
             stages.append([weight for weight in reached if id(weight) not in below])
             below |= {id(weight) for weight in reached}
 
-        losses, dtypes, trained_by = [], set[torch.dtype](), dict[str, tuple[int, ...]]()
-        roots: list[tuple[Tensor, list[Tensor]]] = []
-        for k, unit in enumerate(model.plan.units):
-            output = model.decoders[k](outlets[unit.last])
-            loss_k = model.loss[k] if isinstance(model.loss, nn.ModuleList) else model.loss
-            outputs = [output] if len(views) == 1 else output.chunk(len(views))
-            loss = loss_k(*outputs) if targets is None else loss_k(*outputs, targets)
-            heads = [part for part in (model.decoders[k], loss_k) if isinstance(part, nn.Module)]
-            weights = {id(w): w for stage in unit.updates for w in stages[stage]}
-            weights |= {id(w): w for part in heads for w in part.parameters() if w.requires_grad}
-            reached, coarse = graph(loss)
-            dtypes |= coarse
+        dtypes, trained_by = set[torch.dtype](), dict[str, tuple[int, ...]]()
+        roots = [] if penalty is None else [(penalty, graph(penalty)[0])]
+        for k, (unit, loss) in enumerate(zip(model.plan.units, losses, strict=True)):
+            reached, computed = graph(loss)
+            dtypes |= computed
             _check_registered(k, [weight for weight in reached if id(weight) not in names])
+            weights = {id(w): w for stage in unit.updates for w in stages[stage]}
+            heads = [part for part in (model.decoders[k], _loss(model, k)) if isinstance(part, nn.Module)]
+            weights |= {id(w): w for part in heads for w in part.parameters() if w.requires_grad}
+            roots.append((loss, list(weights.values())))
             for weight in weights:
                 trained_by[names[weight]] = (*trained_by.get(names[weight], ()), k)
-            roots.append((loss, list(weights.values())))
-            losses.append(loss.detach().reshape(()))
-        penalty = _penalty(model)
-        if penalty is not None:
-            roots.append((penalty, graph(penalty)[0]))
 
         buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
         with torch.autocast(views[0].device.type, enabled=False):
             for root, inputs in roots:
                 if inputs and root.requires_grad:
                     torch.autograd.backward(root, inputs=inputs, retain_graph=True)
-    for name, buffer in model.named_buffers():
-        if not _same(buffer, buffers[name]):
-            del buffers[name]
     return LocalGradients(
-        torch.stack(losses),
+        torch.stack([loss.detach() for loss in losses]),
         None if penalty is None else penalty.detach(),
         gradients(model),
-        buffers,
-        {names[id(weight)]: stage for stage, weights in enumerate(stages) for weight in weights},
+        {name: buffers[name] for name, buffer in model.named_buffers() if _same(buffer, buffers[name])},
+        {names[id(w)]: stage for stage, weights in enumerate(stages) for w in weights if id(w) in names},
         trained_by,
-        max(dtypes or {losses[0].dtype}, key=lambda dtype: torch.finfo(dtype).eps),
+        max(dtypes, key=lambda dtype: torch.finfo(dtype).eps),
     )
 
 
-def _outlets(model: LocalWrapper, batch: Tensor) -> list[Tensor]:
-    """What the stages end with, of one plain forward: clones, since the next stage may begin with an operation in place."""
+def _forward(model: LocalWrapper, views: Sequence[Tensor], targets: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """The stages' outlets and the units' losses, of one plain forward in which nothing is cut.
+
+    Losses are evaluated when the schedule trains their units: decoders may draw random numbers, in between those of stages.
+    """
+    due: dict[int, list[int]] = {stage: [] for stage in range(model.plan.stages)}
+    latest = 0
+    for action in model.schedule(model.plan):
+        if isinstance(action, Forward):
+            latest = action.stage
+        else:
+            due[latest].append(action.unit)
     ran: list[int] = []
     outlets: list[Tensor] = []
+    losses: dict[int, Tensor] = {}
 
     def noted(stage: int, end: nn.Module) -> Callable[..., Tensor]:
         def call(*args: Any, **kwargs: Any) -> Tensor:
             output: Tensor = end._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
             ran.append(stage)
-            outlets.append(output.clone())
+            outlets.append(output.clone())  # since the next stage may begin with an operation in place
+            if ran == list(range(stage + 1)):
+                with torch.enable_grad():
+                    losses.update({k: _evaluated(model, k, outlets, len(views), targets) for k in due[stage]})
             return output
 
         return call
@@ -167,7 +173,7 @@ def _outlets(model: LocalWrapper, batch: Tensor) -> list[Tensor]:
     ends: list[Any] = [model.backbone.get_submodule(name) for name in model.stages]
     for stage, end in enumerate(ends):  # around the whole call: behind the hooks on its backward, too
         end._compiled_call_impl = noted(stage, end)
-    model.backbone(batch)
+    model.backbone(torch.cat([view.detach() for view in views]))
     for end in ends:
         del end._compiled_call_impl
     if ran != list(range(len(ends))):
@@ -175,7 +181,18 @@ def _outlets(model: LocalWrapper, batch: Tensor) -> list[Tensor]:
             f"each stage ends once, in the order of stages={list(model.stages)}; in this forward they ended in the order "
             f"{[model.stages[stage] for stage in ran]}"
         )
-    return outlets
+    return outlets, [losses[k] for k in range(len(losses))]
+
+
+def _evaluated(model: LocalWrapper, k: int, outlets: Sequence[Tensor], views: int, targets: Any) -> Tensor:
+    output = model.decoders[k](outlets[model.plan.units[k].last])
+    outputs = [output] if views == 1 else output.chunk(views)
+    loss: Tensor = _loss(model, k)(*outputs, *([] if targets is None else [targets]))
+    return loss.reshape(())
+
+
+def _loss(model: LocalWrapper, k: int) -> Any:
+    return model.loss[k] if isinstance(model.loss, nn.ModuleList) else model.loss
 
 
 def graph(root: Tensor) -> tuple[list[Tensor], set[torch.dtype]]:
