@@ -1,6 +1,7 @@
 """What stands between a stage and its local loss: every row of Table 4 of the LoCo paper, and one for tokens.
 
-A decoder (elsewhere: projection head) maps the outlet of a unit's last stage to vectors, and is thrown away after training.
+A :term:`decoder` (elsewhere: projection head) maps the :term:`outlet` of a :term:`unit`'s last stage to vectors, and is thrown
+away after training.
 ``LocalWrapper`` takes any ``Callable[[int], nn.Module]`` of the outlet's width, such as these classes or a
 ``functools.partial`` of one, or a list of modules, one per unit. With ``P`` for ``functools.partial``, Table 4 is:
 

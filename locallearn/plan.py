@@ -9,7 +9,7 @@ from operator import index
 
 @dataclass(frozen=True)
 class Unit:
-    """A run of neighbouring stages under one local loss, which sits at the outlet of stage ``last``.
+    """A run of neighbouring stages under one local loss, which sits at the :term:`outlet` of stage ``last``.
 
     The loss's gradient walks down from ``last`` to ``first`` and stops. On its way it updates the stages in
     ``updates`` and merely passes through the others.

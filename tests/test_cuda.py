@@ -16,6 +16,7 @@ from torchvision.models.resnet import BasicBlock
 from zoo import ZOO, conv
 
 from locallearn import LocalWrapper, MLPDecoder, info_nce
+from locallearn.testing import assert_local_gradients
 
 pytestmark = [
     pytest.mark.cuda,
@@ -67,6 +68,17 @@ def test_gradients_are_the_oracles(name: str, entry: str, checkpoint: bool, over
     step(model, views, entry)
     torch.testing.assert_close(model.losses, losses)
     assert_same(gradients(model), expected, tolerance=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["vit", "sequential"])  # which draw random numbers
+def test_the_public_check_passes_and_replays_the_devices_random_numbers(name: str, dtype: torch.dtype) -> None:
+    model, views = wrapped(name, dtype)
+    state = torch.cuda.get_rng_state()
+    assert_local_gradients(model, *views)
+    assert torch.equal(state, torch.cuda.get_rng_state())
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        assert_local_gradients(model, *views)
 
 
 @pytest.mark.parametrize("entry", ENTRIES)

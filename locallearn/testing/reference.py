@@ -38,7 +38,7 @@ class LocalGradients(NamedTuple):
 
 
 def local_gradients(model: LocalWrapper, *views: Tensor, targets: Any = None) -> LocalGradients:
-    """The gradients of the units' losses by plain autograd: one forward, and one whole backward per unit.
+    """The gradients of the :term:`units <unit>`' losses by plain autograd: one forward, and one whole backward per unit.
 
     Everything happens on deep copies in double precision, complex numbers in ``complex128``. A model that fails there
     (a part of it casts to single precision), and any inside of autocast, keeps the precision that it has.
