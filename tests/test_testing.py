@@ -296,40 +296,52 @@ def plain(**options: Any) -> LocalWrapper:
     return wrap(small_net(), **options)
 
 
-def forgotten_detach(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = sys.modules[LocalPass.__module__]
-    monkeypatch.setattr(module, "cut", lambda outlet, *, differentiable: (None, outlet))
+class Shift(nn.Module):
+    """Keeps nothing for its backward, so that a second one through it goes unnoticed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by = nn.Parameter(torch.rand(3, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.by
 
 
 def test_a_forgotten_detach_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    forgotten_detach(monkeypatch)
-    model = plain(overlap=0)
+    engine: Any = sys.modules[LocalPass.__module__]
+    monkeypatch.setattr(engine, "cut", lambda outlet, *, differentiable: (None, outlet))
+    model = wrap(nn.Sequential(Shift(), Shift(), Shift()), overlap=0)
     with pytest.raises(ValueError, match="crosses a cut"):
         assert_local_gradients(model, *pair())
-    monkeypatch.setattr(sys.modules[LocalPass.__module__].Isolation, "_claim", lambda *_: None)
-    with pytest.raises((AssertionError, RuntimeError), match=r"backbone\.0\.weight|second time"):
+    monkeypatch.setattr(engine.Isolation, "_claim", lambda *_: None)
+    with pytest.raises(AssertionError, match=r"backbone\.0\.by has norm \S+, expected .* trained by unit 0\)\n"):
         assert_local_gradients(model, *pair())
 
 
-def test_a_gradient_below_a_unit_is_caught_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, views = plain(plan=Plan(3, [Unit(1, 2)])), pair()
-    mutated(monkeypatch, "self._walk(k, ", "self._segments.get(0); self._walk(k, ", "_train")
-    assert_local_gradients(model, *views)
+def test_a_gradient_that_should_not_be_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     original = LocalWrapper._train_penalty
 
-    def reaches_below(self: LocalWrapper, ends: Any, sink: Any, scale: Any) -> None:
-        original(self, ends, sink, scale)
-        weight = ends[0].weight
-        if sink is not None:
-            sink.push(weight.square().sum(), [weight], None)
+    def reaches_below(self: LocalWrapper, ends: Any, accumulator: Any, scale: Any) -> None:
+        original(self, ends, accumulator, scale)
+        accumulator.push(ends[0].weight.square().sum(), [ends[0].weight], None)
 
+    model = plain(plan=Plan(3, [Unit(1, 2)]))
     monkeypatch.setattr(LocalWrapper, "_train_penalty", reaches_below)
     with pytest.raises(
         AssertionError,
         match=r"local_step: backbone.0.weight has a norm of \S+; expected none \(of stage 0 \('0'\), trained by no unit\)\n"
         r".*loss.backward\(\): backbone.0.weight",
     ):
-        assert_local_gradients(model, *views)
+        assert_local_gradients(model, *pair())
+
+
+def test_a_long_list_of_problems_is_cut_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    mutated(monkeypatch, "self._push(segment, flow, below=below)", "self._push(segment, [3 * flow[0]], below=below)")
+    specimen = ZOO["resnet18"]
+    model = LocalWrapper(specimen.build(), specimen.stages, 0, specimen.decoder, example=specimen.views(2)[0])
+    with pytest.raises(AssertionError, match=r"\n  local_step: and \d+ more\n  loss.backward\(\): ") as caught:
+        assert_local_gradients(model, *specimen.views())
+    assert len(str(caught.value).splitlines()) == 1 + 2 * 21
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from locallearn.testing.reference import LocalGradients, prepared
 from locallearn.wrapper import LocalWrapper
 
 _RTOL = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
+_MOST = 20  # problems that one message lists
 
 
 def assert_local_gradients(model: LocalWrapper, *views: Tensor, targets: Any = None, rtol: float | None = None) -> None:
@@ -32,7 +33,7 @@ def assert_local_gradients(model: LocalWrapper, *views: Tensor, targets: Any = N
             (float64), 1e-3 (float32), 0.05 (float16) or 0.2 (bfloat16).
 
     Raises:
-        AssertionError: with every parameter, loss and buffer that differs: both norms, the relative error, the stage it
+        AssertionError: with the parameters, losses and buffers that differ: both norms, the relative error, the stage it
             belongs to and the units that train it.
         ValueError: if no unit trains anything, or ``rtol`` is not positive; and as :func:`local_gradients`.
 
@@ -58,7 +59,9 @@ def assert_local_gradients(model: LocalWrapper, *views: Tensor, targets: Any = N
         with replayed():
             again = copied(ready.model)
             run(again, [view.detach().clone() for view in ready.views], ready.targets)
-        problems += [f"{entry}: {problem}" for problem in _problems(again, expected, rtol)]
+        found = list(_problems(again, expected, rtol))
+        more = [f"and {len(found) - _MOST} more"] if len(found) > _MOST else []
+        problems += [f"{entry}: {problem}" for problem in [*found[:_MOST], *more]]
     if problems:
         lines = "".join(f"\n  {problem}" for problem in problems)
         raise AssertionError(
