@@ -9,14 +9,22 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from locallearn._attach import attach
-from locallearn._cuts import find, submodules
-from locallearn._engine import LocalPass
-from locallearn._gradients import Accumulate, Collect, Sink
-from locallearn._objective import Loss, ViewsChangedError, concatenated, registered, spared, unit_loss, warn_of_fp16
-from locallearn._policy import Policy, runs
-from locallearn._segment import leaves
-from locallearn._shapes import check_graph, check_rows, example_batch, probe, spanned
+from locallearn._fitting.attach import attach
+from locallearn._fitting.objective import (
+    Loss,
+    ViewsChangedError,
+    concatenated,
+    registered,
+    spared,
+    unit_loss,
+    warn_of_fp16,
+)
+from locallearn._fitting.outlets import check_graph, check_rows, example_batch, probe, spanned
+from locallearn._fitting.recomputed import Policy, runs
+from locallearn._walk.cuts import find, submodules
+from locallearn._walk.gradients import Accumulate, Collect, Sink
+from locallearn._walk.local_pass import LocalPass
+from locallearn._walk.segment import leaves
 from locallearn.decoders import ConvMLPDecoder
 from locallearn.distributed import world_size
 from locallearn.losses import InfoNCE
@@ -59,7 +67,7 @@ class LocalWrapper(nn.Module):
             which compares what it computes the second time.
         example: a batch that the backbone takes, to find the outlets' widths with; two 224-pixel RGB images by default.
         channel_axis: the axis of the outlets that holds the channels: 1 or -1. By default their shape tells, see
-            :func:`locallearn._shapes.channel_axis`. Four-dimensional outlets with channels last reach the decoder with
+            :func:`locallearn._fitting.outlets.channel_axis`. Four-dimensional outlets with channels last reach the decoder with
             channels first.
 
     Attributes:
@@ -251,7 +259,7 @@ def _automatic(
 ) -> tuple[str, ...]:
     if not callable(decoder) or isinstance(decoder, nn.Module):
         raise TypeError(f"stages='auto' needs a decoder= that makes a module from a width; got {decoder!r}")
-    from locallearn.planning import plan_stages, sixty_four  # noqa: PLC0415 - slow to import, see locallearn/__init__.py
+    from locallearn.memory.planning import plan_stages, sixty_four  # noqa: PLC0415 - slow to import, see locallearn/__init__.py
 
     overlap = max(unit.last - unit.first for unit in plan.units)
     batch = sixty_four(model, example)
