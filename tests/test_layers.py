@@ -26,7 +26,7 @@ INSIDE = {  # likewise within a wing
     "_walk": [
         {"local_pass"},
         {"cuts", "recompute", "isolation"},
-        {"gates", "replay"},
+        {"intercept", "replay"},
         {"sameness", "segment", "gradients"},
         {"undo"},
     ],

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 
-from locallearn._walk.gates import Guest, is_compiled, welcomed
+from locallearn._walk.intercept import Interception, intercepted, is_compiled
 from locallearn._walk.undo import Reverted, attached
 
 
@@ -128,7 +128,7 @@ def hooked(ends: Sequence[nn.Module], on_outlet: Callable[[int, Any], Any]) -> R
 
     watched = [(stage, end) for stage, end in enumerate(ends) if has_backward_hooks(end)]  # a stage ends behind those
     hooks = attached({}, {end: hook(stage) for stage, end in enumerate(ends) if (stage, end) not in watched})
-    calls = welcomed([Guest(end, True, concerned, partial(call, stage)) for stage, end in watched])
+    calls = intercepted([Interception(end, True, concerned, partial(call, stage)) for stage, end in watched])
 
     def on() -> Callable[[], bool]:
         hooks.__enter__()

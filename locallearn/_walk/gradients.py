@@ -12,7 +12,7 @@ from locallearn._walk.undo import Reverted
 from locallearn.distributed import in_use
 
 
-class Sink(Protocol):
+class Accumulator(Protocol):
     """Runs a backward from a scalar into ``weights``."""
 
     def push(self, root: Tensor, weights: Sequence[Tensor], inlet: Tensor | None) -> list[Tensor]:

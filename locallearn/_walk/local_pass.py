@@ -12,25 +12,25 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
 from locallearn._walk.cuts import check_order, has_backward_hooks, hooked, one_tensor
-from locallearn._walk.gradients import Sink
+from locallearn._walk.gradients import Accumulator
 from locallearn._walk.isolation import Isolation
 from locallearn._walk.recompute import Run, in_checkpoint, recomputed, unhooked
 from locallearn._walk.replay import Learnt
 from locallearn._walk.segment import Segment, cut, leaves, unchanged
 from locallearn.plan import Unit
-from locallearn.schedules.actions import Course, Train
+from locallearn.schedules.actions import Execution, Train
 
 
 class LocalPass:
-    """One forward of a backbone during which every unit is evaluated and, given a sink, trained.
+    """One forward of a backbone during which every unit is evaluated and, given a accumulator, trained.
 
     Args:
         backbone: runs its own ``forward``.
         cuts: the names of the submodules after which the stages end.
         ends: those submodules.
-        course: what each unit's loss reaches and updates, and in what order.
+        execution: what each unit's loss reaches and updates, and in what order.
         evaluate: the loss of a unit, a scalar, from the outlet of its last stage.
-        sink: where gradients go; ``None`` only evaluates.
+        accumulator: where gradients go; ``None`` only evaluates.
         scale: a factor on every loss before its backward.
         runs: the submodules that are recomputed instead of kept, and what is known of them, see
             :mod:`locallearn._walk.recompute`.
@@ -42,19 +42,23 @@ class LocalPass:
         backbone: nn.Module,
         cuts: tuple[str, ...],
         ends: Sequence[nn.Module],
-        course: Course,
+        execution: Execution,
         evaluate: Callable[[int, Tensor], Tensor],
-        sink: Sink | None,
+        accumulator: Accumulator | None,
         scale: float | Tensor | None = None,
         runs: Mapping[Run, Learnt] = MappingProxyType({}),
         spanned: Sequence[bool] = (),
     ) -> None:
-        self._backbone, self._cuts, self._ends, self._units = backbone, cuts, ends, course.plan.units
-        self._actions, self._last_uses, self._crossings = deque(course.actions), course.last_uses, course.crossings
-        self._evaluate, self._sink, self._scale = evaluate, sink, scale
+        self._backbone, self._cuts, self._ends, self._units = backbone, cuts, ends, execution.plan.units
+        self._actions, self._last_uses, self._spanning = (
+            deque(execution.actions),
+            execution.last_uses,
+            execution.spanning,
+        )
+        self._evaluate, self._accumulator, self._scale = evaluate, accumulator, scale
         self._runs = unhooked(backbone, runs)
         self._spanned = spanned or [False] * len(cuts)
-        self._watched = sink is not None and has_backward_hooks(*backbone.modules())
+        self._watched = accumulator is not None and has_backward_hooks(*backbone.modules())
         self._off = False  # whether we have disabled gradients
         self._on = -1  # the stage for which we have enabled them again
         self._isolation = Isolation(backbone, cuts)
@@ -69,7 +73,7 @@ class LocalPass:
         cuts = hooked(self._ends, self._outlet)
         try:
             with (
-                torch.set_grad_enabled(self._sink is not None),
+                torch.set_grad_enabled(self._accumulator is not None),
                 cuts,
                 cuts as concerned,  # twice, see Reverted
                 recomputed(self._backbone, self._runs, concerned),
@@ -100,7 +104,7 @@ class LocalPass:
         A stage that ends inside of a ``torch.no_grad`` of the backbone is left alone: on its way out that would put back the
         mode that it found, and the next stage would find it, too.
         """
-        if self._sink is None:
+        if self._accumulator is None:
             return
         if stage not in self._last_uses and (stage >= len(self._cuts) or not self._spanned[stage]):
             torch.set_grad_enabled(False)
@@ -115,7 +119,7 @@ class LocalPass:
         if self._ran != list(range(len(self._ran))):
             return output  # the forward runs to its end, so that check_order can tell the whole story
         outlet = one_tensor(stage, self._cuts[stage], output)
-        if self._sink is not None and in_checkpoint():
+        if self._accumulator is not None and in_checkpoint():
             raise RuntimeError(
                 f"stage {stage} ends after {self._cuts[stage]!r}, inside of a function that the backbone checkpoints itself: it "
                 "would run again across the cut. Checkpoint parts of a stage, so that none of the cuts lies inside of one: "
@@ -131,11 +135,11 @@ class LocalPass:
             self._segments[stage] = Segment(outlet, self._inlet)
             self._isolation.claim_stage(stage, self._segments[stage].weights)
         self._actions.popleft()
-        with torch.set_grad_enabled(self._sink is not None):
+        with torch.set_grad_enabled(self._accumulator is not None):
             while self._actions and isinstance(action := self._actions[0], Train):
                 self._actions.popleft()
                 self._train(action.unit)
-        crossed = any(self._walks_below(unit, stage + 1) for unit in self._crossings[stage])
+        crossed = any(self._walks_below(unit, stage + 1) for unit in self._spanning[stage])
         # hooks on the backward of a stage's first module see a gradient of its input, whether it is walked on or not
         self._inlet, handed_on = cut(outlet, differentiable=crossed or (self._watched and stage + 1 in self._last_uses))
         if self._inlet is not None:
@@ -172,11 +176,11 @@ class LocalPass:
 
     def _through_decoder(self, loss: Tensor, leaf: Tensor | None) -> list[Tensor]:
         """Trains the decoder, and the loss if it has weights; returns the gradient at the outlet below, alone in a list."""
-        if self._sink is None or not loss.requires_grad:
+        if self._accumulator is None or not loss.requires_grad:
             return []
         weights = [weight for weight in leaves(loss) if weight is not leaf]
         self._isolation.claim_unit(weights)
-        return self._sink.push(loss if self._scale is None else loss * self._scale, weights, leaf)
+        return self._accumulator.push(loss if self._scale is None else loss * self._scale, weights, leaf)
 
     def _walk(self, k: int, flow: list[Tensor]) -> None:
         """Takes a unit's gradient from the outlet of its last stage down to its lowest one; ``flow`` is its only holder.
@@ -204,12 +208,12 @@ class LocalPass:
 
     def _push(self, segment: Segment, box: list[Tensor], *, below: bool) -> list[Tensor]:
         """The last backward through a segment, which lets go of its outlet: what is recomputed may not need it."""
-        assert self._sink is not None or not box
-        if self._sink is None or not box:
+        assert self._accumulator is not None or not box
+        if self._accumulator is None or not box:
             return []
         root = segment.seed(box)
         del segment.outlet
-        flow = self._sink.push(root, segment.weights, segment.inlet if below or self._watched else None)
+        flow = self._accumulator.push(root, segment.weights, segment.inlet if below or self._watched else None)
         return flow if below else []
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from locallearn._walk.gates import Guest, original, welcomed
+from locallearn._walk.intercept import Interception, intercepted, original
 from locallearn._walk.replay import Learnt, Replay
 from locallearn._walk.sameness import has_values
 from locallearn._walk.undo import Reverted
@@ -35,7 +35,7 @@ def recomputed(backbone: nn.Module, runs: Mapping[Run, Learnt], concerned: Calla
     """
     again: set[int] = set()  # threads in which something runs a second time
     joined = [_Joined(run, [backbone.get_submodule(name) for name in run], again, runs[run], concerned) for run in runs]
-    return welcomed([guest for one in joined for guest in one.guests])
+    return intercepted([interception for one in joined for interception in one.interceptions])
 
 
 def unhooked(backbone: nn.Module, runs: Mapping[Run, Learnt]) -> dict[Run, Learnt]:
@@ -68,8 +68,10 @@ class _Joined:
         def takes_part() -> bool:
             return concerned() or get_ident() in again
 
-        self.guests = [Guest(module, False, takes_part, partial(self._call, at)) for at, module in enumerate(modules)]
-        self._forwards = [original(guest) for guest in self.guests]
+        self.interceptions = [
+            Interception(module, False, takes_part, partial(self._call, at)) for at, module in enumerate(modules)
+        ]
+        self._forwards = [original(interception) for interception in self.interceptions]
         self._run, self._modules, self._again, self._learnt = run, modules, again, learnt
         self._whole: Any = None
 

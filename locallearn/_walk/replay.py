@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from locallearn._walk.sameness import Unkept, alike, has_values, samples
+from locallearn._walk.sameness import OtherState, alike, has_values, samples
 from locallearn._walk.segment import version
 
 _SWAPPING = RLock()  # or one thread would put back another's stand-ins
@@ -70,27 +70,27 @@ class Replay:
         self._parts = list(dict.fromkeys(part for module in modules for part in module.modules()))
         self._before: dict[Place, Tensor | None] | None = None  # what changed, as it was
         self._results: list[Tensor] = []
-        self._unkept: frozenset[str] | None = None  # other state that changed; None if this is not to be checked
+        self._other_state: frozenset[str] | None = None  # other state that changed; None if this is not to be checked
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._before is None:
             return self._first(*args, **kwargs)
         with self._as_before(self._before):
-            if self._unkept is None:
+            if self._other_state is None:
                 return self._run(*args, **kwargs)
-            unkept = Unkept(self._parts)
+            other_state = OtherState(self._parts)
             result = self._run(*args, **kwargs)
-            self._check(samples(result), self._unkept, unkept.changed())
+            self._check(samples(result), self._other_state, other_state.changed())
         return result
 
     def _first(self, *args: Any, **kwargs: Any) -> Any:
-        unkept = Unkept(self._parts) if self._compares else None
+        other_state = OtherState(self._parts) if self._compares else None
         state = _Registered(self._parts, None if self._compares else self._learnt.changed)
         result = self._run(*args, **kwargs)
         self._before = state.changed()
-        if unkept is not None:
+        if other_state is not None:
             self._learnt.changed |= self._before.keys()
-            self._results, self._unkept = samples(result), unkept.changed()
+            self._results, self._other_state = samples(result), other_state.changed()
         elif new := [place for place in self._before.keys() - self._learnt.changed if place.kind == "_parameters"]:
             names = sorted(f"{type(self._parts[place.module]).__name__}.{place.name}" for place in new)
             raise RuntimeError(

@@ -57,7 +57,7 @@ def _tolerance(dtype: torch.dtype) -> float:
     return float(min(2e-2, 1e3 * torch.finfo(dtype).eps))
 
 
-class Unkept:
+class OtherState:
     """State of some modules that a second run finds as the first one left it: all that is not registered.
 
     Random numbers of Python and numpy belong to it, and tensors and generators among the modules' plain attributes.

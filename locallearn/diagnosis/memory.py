@@ -20,7 +20,7 @@ from locallearn.memory.pieces import train, weigh
 from locallearn.memory.predict import predict
 from locallearn.plan import Plan, Unit
 from locallearn.schedules import Train
-from locallearn.schedules.actions import Course
+from locallearn.schedules.actions import Execution
 from locallearn.sharing import Hard
 from locallearn.wrapper import LocalWrapper
 
@@ -124,7 +124,7 @@ def _reported(model: LocalWrapper, views: Sequence[Tensor], targets: Any, mode: 
         pair, aims = deepcopy([view.detach() for view in views]), deepcopy(targets)
     _unite(whole)
     with mode:
-        actions = model._course.actions
+        actions = model._execution.actions
         batch = concatenated(pair, copy=model._changes_views)
         copied_views = 0 if batch.untyped_storage() is pair[0].untyped_storage() else batch.nbytes
         ahead = predict(model.plan, actions, _weighed(again, batch), base=copied_views)
@@ -146,7 +146,7 @@ def _reported(model: LocalWrapper, views: Sequence[Tensor], targets: Any, mode: 
 
 def _unite(model: LocalWrapper) -> None:
     """Leaves one loss over everything, that of the highest unit."""
-    model._course = Course(Plan(model.plan.stages, [Unit(0, model.plan.units[-1].last)]), model.schedule)
+    model._execution = Execution(Plan(model.plan.stages, [Unit(0, model.plan.units[-1].last)]), model.schedule)
     model.decoders = model.decoders[-1:]
     model.sharing = Hard()
     if isinstance(model.loss, nn.ModuleList):
