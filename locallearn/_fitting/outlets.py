@@ -92,7 +92,7 @@ def spanned(backbone: nn.Module, cuts: tuple[str, ...], batch: Tensor) -> list[b
             return output
 
         with undisturbed(backbone), torch.set_grad_enabled(enabled), hooked(submodules(backbone, cuts), note):
-            backbone(batch)
+            backbone(batch.clone())
     return [not (on and not off) for on, off in zip(modes[True], modes[False], strict=True)]
 
 

@@ -67,22 +67,20 @@ def natural(backbone: nn.Module, cuts: Sequence[str], chain: Sequence[Link]) -> 
     A block that ends with operations of its own, as in ``norm(x).sigmoid()``, is one as well, unless blocks lie inside of it.
     """
     torn = {name for name, _ in backbone.named_modules() for cut in cuts if cut != name and _within(cut, name)}
-    parts = {
-        link.block: any(backbone.get_submodule(link.block).children()) for link in chain
-    }  # does it have submodules?
-    whole = [name for name, has_parts in parts.items() if has_parts and name not in torn]
+    has_parts = {link.block: any(backbone.get_submodule(link.block).children()) for link in chain}
+    whole = [name for name, inner in has_parts.items() if inner and name not in torn]
     blocks = [name for name in whole if not any(_inside(other, name) for other in whole)]
     found: list[Run] = [()]
     for link in chain:
         if any(_inside(link.block, block) for block in blocks):
             continue
         module = backbone.get_submodule(link.block)
-        starts = parts[link.block] or any(weight.ndim > 1 for weight in module.parameters(recurse=False))
+        starts = has_parts[link.block] or any(weight.ndim > 1 for weight in module.parameters(recurse=False))
         if starts or not link.follows or not (found[-1] and _joinable(backbone, found[-1][-1], link.block)):
             found.append(())
         if starts or found[-1]:
             found[-1] = (*found[-1], link.block)
-        if parts[link.block] or any(_within(link.block, cut) and _within(cut, link.end) for cut in cuts):
+        if has_parts[link.block] or any(_within(link.block, cut) and _within(cut, link.end) for cut in cuts):
             found.append(())
     return [run for run in found if len(run) > 1 or (run and run[0] in blocks)]
 

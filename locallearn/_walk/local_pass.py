@@ -22,7 +22,7 @@ from locallearn.schedules.actions import Execution, Train
 
 
 class LocalPass:
-    """One forward of a backbone during which every unit is evaluated and, given a accumulator, trained.
+    """One forward of a backbone during which every unit is evaluated and, given an accumulator, trained.
 
     Args:
         backbone: runs its own ``forward``.
@@ -50,11 +50,8 @@ class LocalPass:
         spanned: Sequence[bool] = (),
     ) -> None:
         self._backbone, self._cuts, self._ends, self._units = backbone, cuts, ends, execution.plan.units
-        self._actions, self._last_uses, self._spanning = (
-            deque(execution.actions),
-            execution.last_uses,
-            execution.spanning,
-        )
+        self._actions = deque(execution.actions)
+        self._last_uses, self._spanning = execution.last_uses, execution.spanning
         self._evaluate, self._accumulator, self._scale = evaluate, accumulator, scale
         self._runs = unhooked(backbone, runs)
         self._spanned = spanned or [False] * len(cuts)

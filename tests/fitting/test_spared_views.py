@@ -10,7 +10,7 @@ from oracle import assert_same, gradients, oracle
 from torch import Tensor, nn
 from zoo import conv, small_net
 
-from locallearn import LocalWrapper, MLPDecoder, Plan, memory_report, plan_stages
+from locallearn import LocalWrapper, MLPDecoder, Plan, Unit, memory_report, plan_stages
 
 
 class Centred(nn.Module):
@@ -83,7 +83,7 @@ def test_views_that_are_neighbours_are_not_overwritten(beginning: str, entry: st
 
 
 @pytest.mark.parametrize("beginning", BEGINNINGS)
-@pytest.mark.parametrize("way", ["named", "recomputed", "auto", "planned"])
+@pytest.mark.parametrize("way", ["named", "recomputed", "gap", "auto", "planned"])
 def test_an_example_is_not_overwritten(beginning: str, way: str) -> None:
     build, names = BEGINNINGS[beginning]
     example = torch.randn(2, 3, 8, 8)
@@ -93,7 +93,8 @@ def test_an_example_is_not_overwritten(beginning: str, way: str) -> None:
     elif way == "auto":
         wrap(build(), "auto", example=example, plan=Plan.windows(2, 1))
     else:
-        wrap(build(), names, example=example, checkpoint=way == "recomputed")
+        plan = Plan(2, [Unit(1, 1)]) if way == "gap" else None
+        wrap(build(), names, example=example, checkpoint=way == "recomputed", plan=plan)
     assert torch.equal(example, known)
 
 
