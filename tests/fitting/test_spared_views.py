@@ -93,7 +93,7 @@ def test_an_example_is_not_overwritten(beginning: str, way: str) -> None:
     elif way == "auto":
         wrap(build(), "auto", example=example, plan=Plan.windows(2, 1))
     else:
-        plan = Plan(2, [Unit(1, 1)]) if way == "gap" else None
+        plan = Plan(len(names), [Unit(1, len(names) - 1)]) if way == "gap" else None
         wrap(build(), names, example=example, checkpoint=way == "recomputed", plan=plan)
     assert torch.equal(example, known)
 
