@@ -34,7 +34,7 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from tqdm import tqdm
 
 from locallearn import LocalWrapper, MLPDecoder
-from locallearn.measure import measure
+from locallearn.memory import measure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
 from locallearn import LocalWrapper
-from locallearn.measure import measure
+from locallearn.memory import measure
 
 Step: TypeAlias = Callable[[], object]
 

@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 import locallearn
 from locallearn import ConvMLPDecoder, LocalWrapper
-from locallearn.measure import measure
+from locallearn.memory import measure
 
 # The stages hold about equally much, as those of the paper's PResNet-50 do: a local method's memory is that of its largest.
 WIDTHS = (16, 16, 48, 48, 64, 64)

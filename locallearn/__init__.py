@@ -11,8 +11,8 @@ from locallearn.sharing import Hard, Soft, UpperOnly
 from locallearn.wrapper import LocalWrapper
 
 if TYPE_CHECKING:
-    from locallearn.planning import StagePlan, plan_stages
-    from locallearn.reporting import MemoryReport, memory_report
+    from locallearn.diagnosis import MemoryReport, memory_report
+    from locallearn.memory import StagePlan, plan_stages
 
 __version__ = "0.1.0"
 
@@ -38,10 +38,10 @@ __all__ = [
 
 # What counts needs fake tensors and torch's formulas for FLOPs, which take ten times as long to import as all the rest.
 _LATER = {
-    "MemoryReport": "locallearn.reporting",
-    "StagePlan": "locallearn.planning",
-    "memory_report": "locallearn.reporting",
-    "plan_stages": "locallearn.planning",
+    "MemoryReport": "locallearn.diagnosis",
+    "StagePlan": "locallearn.memory",
+    "memory_report": "locallearn.diagnosis",
+    "plan_stages": "locallearn.memory",
 }
 
 

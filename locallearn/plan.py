@@ -82,18 +82,18 @@ class Plan:
         object.__setattr__(self, "stages", stages)
         object.__setattr__(self, "units", units)
 
-    def crossings(self) -> list[list[Unit]]:
+    def spanning(self) -> list[list[Unit]]:
         """For each stage, the units whose gradient has to pass the cut above it.
 
         Example:
-            >>> [len(units) for units in Plan.windows(4, overlap=1).crossings()]
+            >>> [len(units) for units in Plan.windows(4, overlap=1).spanning()]
             [1, 1, 1, 0]
         """
-        crossings: list[list[Unit]] = [[] for _ in range(self.stages)]
+        spanning: list[list[Unit]] = [[] for _ in range(self.stages)]
         for unit in self.units:
             for cut in range(unit.lowest, unit.last):
-                crossings[cut].append(unit)
-        return crossings
+                spanning[cut].append(unit)
+        return spanning
 
     @classmethod
     def windows(cls, stages: int, overlap: int = 1, *, lead_in: bool = False) -> Plan:

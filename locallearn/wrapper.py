@@ -9,20 +9,28 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from locallearn._attach import attach
-from locallearn._cuts import find, submodules
-from locallearn._engine import LocalPass
-from locallearn._gradients import Accumulate, Collect, Sink
-from locallearn._objective import Loss, ViewsChangedError, concatenated, registered, spared, unit_loss, warn_of_fp16
-from locallearn._policy import Policy, runs
-from locallearn._segment import leaves
-from locallearn._shapes import check_graph, check_rows, example_batch, probe, spanned
+from locallearn._fitting.attach import attach
+from locallearn._fitting.objective import (
+    Loss,
+    ViewsChangedError,
+    concatenated,
+    registered,
+    spared,
+    unit_loss,
+    warn_of_fp16,
+)
+from locallearn._fitting.outlets import check_graph, check_rows, example_batch, probe, spanned
+from locallearn._fitting.recomputed import Policy, runs
+from locallearn._walk.cuts import find, submodules
+from locallearn._walk.gradients import Accumulate, Accumulator, Collect
+from locallearn._walk.local_pass import LocalPass
+from locallearn._walk.segment import leaves
 from locallearn.decoders import ConvMLPDecoder
 from locallearn.distributed import world_size
 from locallearn.losses import InfoNCE
 from locallearn.plan import Plan
 from locallearn.schedules import Schedule, sequential
-from locallearn.schedules.actions import Course
+from locallearn.schedules.actions import Execution
 from locallearn.sharing import Hard, Sharing
 
 Decoder: TypeAlias = Callable[[int], nn.Module] | Sequence[nn.Module]
@@ -59,7 +67,7 @@ class LocalWrapper(nn.Module):
             which compares what it computes the second time.
         example: a batch that the backbone takes, to find the outlets' widths with; two 224-pixel RGB images by default.
         channel_axis: the axis of the outlets that holds the channels: 1 or -1. By default their shape tells, see
-            :func:`locallearn._shapes.channel_axis`. Four-dimensional outlets with channels last reach the decoder with
+            :func:`locallearn._fitting.outlets.channel_axis`. Four-dimensional outlets with channels last reach the decoder with
             channels first.
 
     Attributes:
@@ -122,7 +130,7 @@ class LocalWrapper(nn.Module):
         plan = self.sharing.plan(len(self.stages), overlap) if plan is None else plan
         if plan.stages != len(self.stages):
             raise ValueError(f"the plan is for {plan.stages} stages, but stages= names {len(self.stages)}")
-        self._course = Course(plan, schedule)
+        self._execution = Execution(plan, schedule)
         self.backbone = model
         batch = example_batch(model, example)
         images = batch.detach().clone()
@@ -132,7 +140,7 @@ class LocalWrapper(nn.Module):
         self.decoders = attach(decoder, plan, self.sharing, outlets, channel_axis, _under_autocast(model, batch))
         self.loss = registered(InfoNCE() if loss is None else loss, len(plan.units))
         self._whole = [outlet.module is not None for outlet in outlets]
-        gaps = set(range(max(self._course.last_uses))) - self._course.last_uses.keys()
+        gaps = set(range(max(self._execution.last_uses))) - self._execution.last_uses.keys()
         self._spanned = spanned(model, self.stages, batch) if gaps else [False] * len(self.stages)
         self.losses = None
         self.penalty = None
@@ -140,12 +148,12 @@ class LocalWrapper(nn.Module):
     @property
     def plan(self) -> Plan:
         """What each unit reaches and updates."""
-        return self._course.plan
+        return self._execution.plan
 
     @property
     def schedule(self) -> Schedule:
         """In what order the plan is carried out."""
-        return self._course.schedule
+        return self._execution.schedule
 
     def local_step(self, *views: Tensor, targets: Any = None, grad_scale: float | Tensor | None = None) -> Tensor:
         """One forward, in which every unit is trained as soon as the schedule says; gradients are added to ``.grad``.
@@ -202,11 +210,15 @@ class LocalWrapper(nn.Module):
         return self.backbone
 
     def _pass(
-        self, views: tuple[Tensor, ...], targets: Any, sink: Sink | None, grad_scale: float | Tensor | None
+        self,
+        views: tuple[Tensor, ...],
+        targets: Any,
+        accumulator: Accumulator | None,
+        grad_scale: float | Tensor | None,
     ) -> Tensor:
         batch = concatenated(views, copy=self._changes_views)
         ends = submodules(self.backbone, self.stages)
-        if sink is not None and grad_scale is None:
+        if accumulator is not None and grad_scale is None:
             warn_of_fp16(batch.device.type)
 
         def evaluate(k: int, features: Tensor) -> Tensor:
@@ -217,7 +229,15 @@ class LocalWrapper(nn.Module):
 
         torch.clear_autocast_cache()  # a weight cast under no_grad before would be found there, without its graph
         local = LocalPass(
-            self.backbone, self.stages, ends, self._course, evaluate, sink, grad_scale, self._runs, self._spanned
+            self.backbone,
+            self.stages,
+            ends,
+            self._execution,
+            evaluate,
+            accumulator,
+            grad_scale,
+            self._runs,
+            self._spanned,
         )
         try:
             with spared(batch, views):
@@ -226,16 +246,18 @@ class LocalWrapper(nn.Module):
             self._changes_views = True
             raise
         self.losses = losses
-        self._train_penalty(ends, sink, grad_scale)
+        self._train_penalty(ends, accumulator, grad_scale)
         return losses
 
-    def _train_penalty(self, ends: Sequence[nn.Module], sink: Sink | None, grad_scale: float | Tensor | None) -> None:
+    def _train_penalty(
+        self, ends: Sequence[nn.Module], accumulator: Accumulator | None, grad_scale: float | Tensor | None
+    ) -> None:
         stages = [end if whole else None for end, whole in zip(ends, self._whole, strict=True)]
-        with torch.set_grad_enabled(sink is not None):
+        with torch.set_grad_enabled(accumulator is not None):
             penalty = self.sharing.penalty(self.decoders, stages)
             self.penalty = None if penalty is None else penalty.detach()
-            if sink is not None and penalty is not None and penalty.requires_grad:
-                sink.push(penalty if grad_scale is None else penalty * grad_scale, leaves(penalty), None)
+            if accumulator is not None and penalty is not None and penalty.requires_grad:
+                accumulator.push(penalty if grad_scale is None else penalty * grad_scale, leaves(penalty), None)
 
 
 def _under_autocast(model: nn.Module, batch: Tensor) -> torch.dtype | None:
@@ -251,7 +273,7 @@ def _automatic(
 ) -> tuple[str, ...]:
     if not callable(decoder) or isinstance(decoder, nn.Module):
         raise TypeError(f"stages='auto' needs a decoder= that makes a module from a width; got {decoder!r}")
-    from locallearn.planning import plan_stages, sixty_four  # noqa: PLC0415 - slow to import, see locallearn/__init__.py
+    from locallearn.memory.planning import plan_stages, sixty_four  # noqa: PLC0415 - slow to import, see locallearn/__init__.py
 
     overlap = max(unit.last - unit.first for unit in plan.units)
     batch = sixty_four(model, example)

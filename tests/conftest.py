@@ -12,7 +12,7 @@ torch.set_num_threads(1)  # on tensors as small as these, threads only wait for 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="whole crosses where CI runs a sample of them")
-    parser.addoption("--cases", type=int, default=0, help="how many new cases tests/test_properties.py draws")
+    parser.addoption("--cases", type=int, default=0, help="how many new cases tests/walk/test_properties.py draws")
 
 
 @pytest.fixture

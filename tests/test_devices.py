@@ -132,7 +132,7 @@ def test_a_whole_pass_on_meta(name: str, entry: str, checkpoint: bool) -> None:
 @pytest.mark.parametrize(
     "options",
     [{"overlap": 0}, {"overlap": 2}, {"sharing": UpperOnly()}, {"schedule": fused}, {"loss": InfoNCE(form="two-way")}],
-    ids=str,
+    ids=["overlap 0", "overlap 2", "upper only", "fused", "two-way"],
 )
 def test_other_settings_on_meta(options: dict[str, Any]) -> None:
     model, views = wrapped("convnext", "meta", **options)

@@ -1,8 +1,10 @@
-"""Imports only point down, and the public names are exactly these."""
+"""The house: wings that import downwards only, and public names that are exactly these."""
 
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,36 +12,42 @@ import pytest
 import locallearn
 
 PACKAGE = Path(locallearn.__file__).parent
-LAYERS = [  # what stands further down may not import what stands above it, or beside it
-    {"__init__", "models"},
-    {"reporting", "testing"},
+FLOORS = [  # what stands further down may import neither what stands above it nor what stands beside it
+    {"__init__", "measure"},
+    {"diagnosis", "testing"},
     {"wrapper"},
-    {"planning"},
-    {"_predict"},
-    {"_pieces"},
-    {"_engine", "_attach", "_policy"},
-    {"_chain"},
-    {"_shapes", "measure"},
-    {"sharing", "_cuts", "_isolation", "_quiet"},
-    {"_recompute"},
-    {"_replay"},
-    {"schedules", "_segment", "_gradients", "_objective", "_gates", "_sameness", "decoders", "losses"},
-    {"distributed", "_undo", "_fakes"},
-    {"plan"},
+    {"memory"},
+    {"_fitting"},
+    {"_walk"},
+    {"sharing", "schedules", "losses"},
+    {"plan", "decoders", "distributed", "models"},
 ]
-STANDALONE = {"decoders": set(), "models": set(), "losses": {"distributed"}, "measure": {"losses"}}
+INSIDE = {  # likewise within a wing
+    "_walk": [
+        {"local_pass"},
+        {"cuts", "recompute", "isolation"},
+        {"intercept", "replay"},
+        {"sameness", "segment", "gradients"},
+        {"undo"},
+    ],
+    "_fitting": [{"attach", "recomputed"}, {"chain", "objective"}, {"outlets"}, {"quiet"}],
+    "memory": [{"planning"}, {"predict"}, {"pieces"}, {"count", "fakes"}],
+    "testing": [{"comparison"}, {"reference"}, {"copies"}],
+}
+ALONE = {"decoders": set(), "models": set(), "plan": set(), "distributed": set(), "losses": {"distributed"}}
 
 
-def modules() -> dict[str, list[Path]]:
-    """Every top-level module or package of the library with its files."""
-    found: dict[str, list[Path]] = {}
-    for path in PACKAGE.rglob("*.py"):
-        found.setdefault(path.relative_to(PACKAGE).parts[0].removesuffix(".py"), []).append(path)
-    return found
+def files(wing: str) -> list[Path]:
+    """A top-level module, or all files of a package."""
+    return [PACKAGE / f"{wing}.py"] if (PACKAGE / f"{wing}.py").exists() else sorted((PACKAGE / wing).rglob("*.py"))
 
 
-def imports(path: Path) -> set[str]:
-    """The parts of the library that a file imports."""
+def wings() -> list[str]:
+    return sorted({path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in PACKAGE.rglob("*.py")})
+
+
+def imports(path: Path) -> list[list[str]]:
+    """What a file imports from the library, as the parts of the names: ["wrapper"], ["_walk", "segment"]."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
@@ -47,21 +55,60 @@ def imports(path: Path) -> set[str]:
             names.add(node.module or "")
         elif isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-    return {name.split(".")[1] for name in names if name.startswith("locallearn.")}
+    return [name.split(".")[1:] for name in sorted(names) if name.startswith("locallearn.")]
 
 
-@pytest.mark.parametrize("module", modules())
-def test_imports_only_point_down(module: str) -> None:
-    levels = {name: level for level, names in enumerate(LAYERS) for name in names}
-    assert module in levels, f"{module} has no place among the layers"
-    for path in modules()[module]:
-        for imported in imports(path) - {module}:
-            assert levels[imported] > levels[module], f"{path.name} imports {imported}, which does not lie below"
+def levels(floors: list[set[str]]) -> dict[str, int]:
+    return {name: level for level, names in enumerate(floors) for name in names}
 
 
-@pytest.mark.parametrize("module", STANDALONE)
-def test_losses_and_decoders_know_nothing_of_stages(module: str) -> None:
-    assert set().union(*(imports(path) for path in modules()[module])) <= {module, *STANDALONE[module]}
+@pytest.mark.parametrize("wing", wings())
+def test_imports_only_point_down(wing: str) -> None:
+    known = levels(FLOORS)
+    assert wing in known, f"{wing} has no floor"
+    for path in files(wing):
+        for other, *_ in imports(path):
+            assert other == wing or known[other] > known[wing], f"{path.name} imports {other}, which does not lie below"
+
+
+@pytest.mark.parametrize("wing", INSIDE)
+def test_imports_within_a_wing_only_point_down(wing: str) -> None:
+    known = levels(INSIDE[wing])
+    assert known.keys() == {path.stem for path in files(wing)} - {"__init__"}
+    for path in files(wing):
+        for other, *room in imports(path):
+            if other == wing and path.stem != "__init__":
+                assert room, f"{path.name} imports its own wing as a whole"
+                assert known[room[0]] > known[path.stem], f"{path.name} imports {room[0]}, which does not lie below"
+
+
+def test_there_are_few_arrows_between_the_wings() -> None:
+    arrows = {(wing, other) for wing in wings() for path in files(wing) for other, *_ in imports(path) if other != wing}
+    assert len(arrows) <= 44
+
+
+@pytest.mark.parametrize("wing", ALONE)
+def test_what_is_usable_by_itself_knows_nothing_of_the_rest(wing: str) -> None:
+    assert {other for path in files(wing) for other, *_ in imports(path)} <= {wing, *ALONE[wing]}
+
+
+def test_plans_and_schedules_import_no_torch() -> None:
+    for path in [PACKAGE / "plan.py", *files("schedules")]:
+        assert "torch" not in path.read_text().replace("no torch", ""), path
+
+
+def test_what_counts_is_imported_only_where_it_is_asked_for() -> None:
+    look = "import sys, locallearn; print(*[name for name in sys.modules if name.startswith('locallearn.')])"
+    loaded = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True).stdout.split()
+    assert "locallearn.wrapper" in loaded
+    assert not {"memory", "diagnosis", "testing", "measure", "models"} & {name.split(".")[1] for name in loaded}
+
+
+def test_the_old_path_of_measure_names_the_new_one() -> None:
+    sys.modules.pop("locallearn.measure", None)
+    with pytest.warns(DeprecationWarning, match="from locallearn.memory import measure"):
+        from locallearn.measure import measure
+    assert measure is locallearn.memory.measure
 
 
 def test_the_public_names_are_exactly_these() -> None:

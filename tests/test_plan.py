@@ -21,7 +21,7 @@ def test_a_unit_updates_what_it_reaches_unless_told_otherwise() -> None:
 def test_a_gradient_crosses_the_cuts_between_the_lowest_stage_it_updates_and_its_loss() -> None:
     plan = Plan(5, [Unit(0, 2), Unit(1, 3, updates=[2, 3]), Unit(4, 4)])
     first, second, _ = plan.units
-    assert plan.crossings() == [[first], [first], [second], [], []]
+    assert plan.spanning() == [[first], [first], [second], [], []]
 
 
 def test_lead_in_adds_the_truncated_units_at_the_bottom() -> None:

@@ -143,11 +143,11 @@ def test_at_most_overlap_plus_one_segments_are_alive(monkeypatch: pytest.MonkeyP
     import gc
     import weakref
 
-    from locallearn import _segment
+    from locallearn._walk import segment
 
     alive: weakref.WeakSet[object] = weakref.WeakSet()
     most = [0]
-    create = _segment.Segment.__init__
+    create = segment.Segment.__init__
 
     def counted(self: object, outlet: Tensor, inlet: Tensor | None) -> None:
         create(self, outlet, inlet)  # type: ignore[arg-type]
@@ -158,7 +158,7 @@ def test_at_most_overlap_plus_one_segments_are_alive(monkeypatch: pytest.MonkeyP
     for overlap in range(4):
         model = wrap(backbone, stages=list(range(8)), overlap=overlap)
         gc.disable()
-        monkeypatch.setattr(_segment.Segment, "__init__", counted)
+        monkeypatch.setattr(segment.Segment, "__init__", counted)
         most[0] = 0
         model.local_step(*views())
         monkeypatch.undo()

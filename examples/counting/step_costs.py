@@ -15,10 +15,10 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torchvision.models import vit_b_16
 
 from locallearn import ConvMLPDecoder, InfoNCE, LocalWrapper, MLPDecoder, Plan, TokenDecoder
-from locallearn._policy import runs
-from locallearn._recompute import Run, recomputed
-from locallearn._replay import Learnt
-from locallearn.measure import Cost, measure
+from locallearn._fitting.recomputed import runs
+from locallearn._walk.recompute import Run, recomputed
+from locallearn._walk.replay import Learnt
+from locallearn.memory import Cost, measure
 
 VIT = Architecture(
     lambda size: vit_b_16(image_size=size), tuple(f"encoder.layers.encoder_layer_{k}" for k in (2, 5, 8, 11))

@@ -70,7 +70,7 @@ def last_uses(plan: Plan, actions: Sequence[Action]) -> dict[int, int]:
     return {stage: k for k in trains for stage in range(plan.units[k].lowest, plan.units[k].last + 1)}
 
 
-class Course:
+class Execution:
     """A plan and the order in which it is carried out, with what follows from the two: the same in every pass.
 
     Args:
@@ -80,7 +80,7 @@ class Course:
     Attributes:
         actions: the order, checked.
         last_uses: see :func:`last_uses`.
-        crossings: see :meth:`locallearn.Plan.crossings`.
+        spanning: see :meth:`locallearn.Plan.spanning`.
 
     Raises:
         ValueError: if the schedule does not carry out the plan.
@@ -90,7 +90,7 @@ class Course:
         self.plan, self.schedule = plan, schedule
         self.actions = check(plan, schedule(plan))
         self.last_uses = last_uses(plan, self.actions)
-        self.crossings = plan.crossings()
+        self.spanning = plan.spanning()
 
 
 def peak(plan: Plan, actions: Sequence[Action]) -> int:

@@ -2,9 +2,9 @@
 
 The implementation of :func:`local_gradients` is just::
 
-    outlets = ...                          # of one plain forward, in which nothing is cut
-    for k, unit in enumerate(plan.units):
-        loss = losses[k](*decoders[k](outlets[unit.last]).chunk(len(views)))
+    outlets = ...  # of one plain forward, in which nothing is cut
+    for unit, decoder, loss_function in ...:
+        loss = loss_function(*decoder(outlets[unit.last]).chunk(len(views)))
         torch.autograd.backward(loss, inputs=<weights of the stages in unit.updates, of the decoder and of the loss>)
 
 It keeps the whole network's graph and runs a whole backward for every unit: use it on a small batch.

@@ -1,0 +1,1 @@
+"""What is learnt of a user's backbone, decoders and losses before the first step."""

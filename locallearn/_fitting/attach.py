@@ -1,0 +1,126 @@
+"""Builds every unit's decoder for the outlet it reads, and tries it there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from locallearn._fitting.outlets import Outlet, agreed_axis
+from locallearn._fitting.quiet import undisturbed
+from locallearn._walk.segment import unchanged
+from locallearn.plan import Plan
+from locallearn.sharing import Sharing
+
+
+def attach(
+    decoder: Callable[[int], nn.Module] | Sequence[nn.Module],
+    plan: Plan,
+    sharing: Sharing,
+    outlets: Sequence[Outlet],
+    axis: int | None,
+    dtype: torch.dtype | None = None,
+) -> nn.ModuleList:
+    """One module per unit, from the outlet of the unit's last stage to what its loss reads.
+
+    Args:
+        decoder: makes a module from the outlet's width; or the modules themselves.
+        plan: its units tell which outlet.
+        sharing: may put a private stage in front.
+        outlets: of every stage, for a small batch.
+        axis: where the outlets have their channels, or ``None`` to go by their shape.
+        dtype: of the decoders' weights; by default each has that of what it reads. For a complex outlet that is the real
+            one, since the decoder makes it real, but weights that are complex stay so.
+
+    Raises:
+        TypeError: if ``decoder`` is or makes something else.
+        ValueError: if there are too many or too few, if one does not run on its outlet, or if the shape of an outlet tells
+            other channels than the stage's weights.
+    """
+    make = _maker(decoder, len(plan.units))
+    stages = [outlet.module for outlet in outlets]
+    attached = nn.ModuleList()
+    for k, unit in enumerate(plan.units):
+        features, parts = outlets[unit.last].features, list[nn.Module]()
+        if (private := sharing.private(unit, stages)) is not None:
+            parts.append(private)
+            quiet = undisturbed(private)
+            with quiet, quiet, torch.no_grad():
+                features = private(features)
+        at = agreed_axis(features, outlets[unit.last].weights if private is None else ()) if axis is None else axis
+        if at == -1 and features.ndim > 3:
+            parts.append(_ChannelsFirst())
+        parts.append(make(k, features.shape[at]))
+        _follow(parts[-1], features, dtype)
+        whole = parts[0] if len(parts) == 1 else nn.Sequential(*parts)
+        _try(k, whole, outlets[unit.last].features)
+        attached.append(whole)
+    return attached
+
+
+class _ChannelsFirst(nn.Module):
+    """``Rearrange`` of ``einops.layers.torch``, whose import takes a second where torch is older than 2.8."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        return rearrange(features, "n ... c -> n c ...")
+
+
+def _maker(decoder: object, units: int) -> Callable[[int, int], nn.Module]:
+    """``make(unit, width)``, whichever way the user gave the decoders."""
+    if isinstance(decoder, nn.ModuleList | list | tuple):
+        ready = list(decoder)
+        if len(ready) != units:
+            raise ValueError(f"decoder lists {len(ready)} modules for {units} units; it needs one per unit")
+        if wrong := [type(module).__name__ for module in ready if not isinstance(module, nn.Module)]:
+            raise TypeError(f"decoder is a list of modules, one per unit; it holds {wrong}")
+        return lambda k, width: ready[k]
+    if isinstance(decoder, nn.Module) or not callable(decoder):
+        given = f"the module {type(decoder).__name__} itself" if isinstance(decoder, nn.Module) else repr(decoder)
+        raise TypeError(
+            "decoder is a callable that makes a module from a width, such as decoder=ConvMLPDecoder, or a list of modules, one "
+            f"per unit; got {given}"
+        )
+
+    def make(k: int, width: int) -> nn.Module:
+        module = decoder(width)
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"decoder({width}) makes a module; it returned a {type(module).__name__}")
+        return module
+
+    return make
+
+
+def _follow(decoder: nn.Module, features: Tensor, dtype: torch.dtype | None) -> None:
+    real = dtype or features.dtype.to_real()
+
+    def wanted(weight: Tensor) -> torch.dtype:
+        if weight.is_complex():
+            return real.to_complex()
+        return real if weight.is_floating_point() else weight.dtype
+
+    weights = [*decoder.parameters(), *decoder.buffers()]
+    if any(weight.device != features.device or weight.dtype != wanted(weight) for weight in weights):
+        convert: Any = decoder._apply
+        convert(lambda weight: weight.to(features.device, wanted(weight)))
+
+
+def _try(k: int, decoder: nn.Module, outlet: Tensor) -> None:
+    quiet = undisturbed(decoder)
+    with quiet, quiet, torch.no_grad(), unchanged(outlet, f"the decoder of unit {k}"):
+        try:
+            decoder(outlet.detach())
+        except Exception as error:
+            complex_ = (
+                ""
+                if not outlet.is_complex()
+                else (
+                    ". The outlet is complex: begin the decoder with what makes it real, such as abs() or torch.view_as_real"
+                )
+            )
+            raise ValueError(
+                f"the decoder of unit {k} does not run on the outlet it reads, of shape {tuple(outlet.shape)}: "
+                f"{str(error) or type(error).__name__}{complex_}"
+            ) from error

@@ -1,0 +1,95 @@
+"""Running a module without a trace: in eval mode, and afterwards everything is as it was."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from locallearn._walk.segment import version
+from locallearn._walk.undo import Reverted
+
+
+def undisturbed(*modules: nn.Module) -> Reverted[None]:
+    """Runs what is inside in eval mode, then puts back every submodule's mode, buffers and attributes, and the random state.
+
+    Attributes are what ``self.name = value`` sets in a forward: a cache, or the weight that spectral normalisation makes
+    anew each time, whose graph no one could copy. They stay where the forward has built parameters or submodules.
+    """
+    parts = list(dict.fromkeys(part for module in modules for part in module.modules()))
+    kept = [_Part(part) for part in parts]
+    built = _built(parts)
+    gpus = {t.device.index for module in modules for t in module.parameters() if t.is_cuda}
+    random = torch.get_rng_state()
+    on_gpus = {gpu: torch.cuda.get_rng_state(gpu) for gpu in gpus} if torch.cuda.is_available() else {}
+
+    def quieten() -> None:
+        for module in modules:
+            module.eval()
+
+    def put_back() -> None:
+        attributes = _built(parts) == built
+        for part in kept:
+            part.put_back(attributes=attributes)
+        torch.set_rng_state(random)
+        for gpu, state in on_gpus.items():
+            torch.cuda.set_rng_state(state, gpu)
+
+    return Reverted(quieten, put_back)
+
+
+def _built(parts: list[nn.Module]) -> list[tuple[int, bool]]:
+    """What is trained and what it is made of; a lazy parameter becomes another kind of object when it is known."""
+    weights = [weight for part in parts for weight in part._parameters.values() if weight is not None]
+    found = [(id(weight), is_lazy(weight)) for weight in weights]
+    return found + [(id(child), False) for part in parts for child in part._modules.values()]
+
+
+class _Part:
+    """What one submodule has of its own."""
+
+    def __init__(self, part: nn.Module) -> None:
+        self._part, self._mode = part, part.training
+        scripted = isinstance(part, torch.jit.ScriptModule)  # whose attributes live elsewhere
+        self._attributes = {} if scripted else dict(part.__dict__)
+        self._inside = [(held, held.copy()) for held in self._attributes.values() if type(held) in _CONTAINERS]
+        buffers = {name: buffer for name, buffer in part._buffers.items() if buffer is not None and not is_lazy(buffer)}
+        self._buffers = {name: (buffer, version(buffer), buffer.clone()) for name, buffer in buffers.items()}
+
+    def put_back(self, *, attributes: bool) -> None:
+        if attributes:
+            now: dict[str, Any] = self._part.__dict__
+            for name in [name for name in now if self._attributes and name not in self._attributes]:
+                del now[name]
+            now.update({name: value for name, value in self._attributes.items() if now.get(name, now) is not value})
+            for held, before in self._inside:
+                _fill(held, before)
+        self._part.training = self._mode
+        for name, (buffer, before, value) in self._buffers.items():
+            if dict(self._part._buffers).get(name) is not buffer:
+                self._part._buffers[name] = buffer
+            if version(buffer) != before or _differ(buffer, value):
+                buffer.detach().copy_(value)
+
+
+_CONTAINERS = (dict, OrderedDict, list, set)
+
+
+def _fill(held: Any, before: Any) -> None:
+    """Gives a container its content back, if it has another one; by identity, since tensors do not compare."""
+    if _content(held) != _content(before):
+        held.clear()
+        (held.extend if isinstance(held, list) else held.update)(before)
+
+
+def _content(held: Any) -> list[Any]:
+    values = [*held, *held.values()] if isinstance(held, dict) else list(held)
+    return sorted(map(id, values)) if isinstance(held, set) else [id(value) for value in values]
+
+
+def _differ(buffer: Tensor, value: Tensor) -> bool:
+    """Told by the numbers, where there are any: batch normalisation writes its statistics without a new version."""
+    return type(buffer) is Tensor and not buffer.is_meta and not torch.equal(buffer, value)

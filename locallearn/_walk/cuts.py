@@ -1,0 +1,197 @@
+"""Where stages end in a given backbone: names found and checked, hooks on and off."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from threading import get_ident
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_modules
+
+from locallearn._walk.intercept import Interception, intercepted, is_compiled
+from locallearn._walk.undo import Reverted, attached
+
+
+def find(backbone: nn.Module, stages: Sequence[str | int | nn.Module]) -> tuple[str, ...]:
+    """The names of the submodules after which the stages end.
+
+    Args:
+        backbone: where to look.
+        stages: names of submodules (dotted ones too), the submodules themselves, or child indices of an ``nn.Sequential``.
+
+    Raises:
+        TypeError: if ``stages`` is no sequence of those.
+        ValueError: if one is unknown or named twice, all of them in one message.
+    """
+    kind = type(backbone).__name__
+    if isinstance(stages, str | nn.Module) or not isinstance(stages, Sequence) or not stages:
+        raise TypeError(
+            f"stages is a list of the submodules after which a stage ends, such as stages=['layer1', 'layer2']; got {stages!r}"
+        )
+    modules = dict(backbone.named_modules(remove_duplicate=False))
+    del modules[""]
+    children = [name for name in modules if "." not in name]
+    found: list[str] = []
+    unknown: list[object] = []
+    for stage in stages:
+        name: str | None = None
+        if isinstance(stage, str):
+            name = stage if stage in modules else None
+        elif isinstance(stage, nn.Module):
+            name = next((name for name, module in modules.items() if module is stage), None)
+        elif isinstance(stage, bool) or not isinstance(stage, int):
+            raise TypeError(f"a stage is a name, a module or a child index; got {stage!r}")
+        elif not isinstance(backbone, nn.Sequential):
+            raise TypeError(f"child indices need an nn.Sequential; {kind} is none. Name its submodules: {children}")
+        elif -len(children) <= stage < len(children):
+            name = children[stage]
+        if name is None:
+            unknown.append(type(stage).__name__ if isinstance(stage, nn.Module) else stage)
+        else:
+            found.append(name)
+    if unknown:
+        raise ValueError(f"stages name submodules {unknown} that {kind} does not have; it has {children}")
+    first: dict[nn.Module, str] = {}
+    for name in found:
+        if (other := first.setdefault(modules[name], name)) != name or found.count(name) > 1:
+            same = f"{name!r} is named twice" if other == name else f"{other!r} and {name!r} are the same module"
+            raise ValueError(f"a stage ends once; in stages, {same}")
+    return tuple(found)
+
+
+def submodules(backbone: nn.Module, cuts: Sequence[str]) -> list[nn.Module]:
+    """The submodules that ``cuts`` name, none of them inside of compiled or scripted code, where hooks do not run.
+
+    Raises:
+        ValueError: if the backbone, or a submodule that is a cut or holds one, went through ``torch.compile`` or ``torch.jit``.
+    """
+    _check_python(type(backbone).__name__, "it", backbone)
+    found = []
+    for cut in cuts:
+        module, steps = backbone, cut.split(".")
+        for at, step in enumerate(steps):
+            module = module.get_submodule(step)
+            _check_python(type(backbone).__name__, f"its submodule {'.'.join(steps[: at + 1])!r}", module)
+        found.append(module)
+    return found
+
+
+def _check_python(kind: str, who: str, module: nn.Module) -> None:
+    if "_orig_mod" in module._modules or is_compiled(module):
+        raise ValueError(
+            f"{kind} cannot be cut: {who} was compiled, and hooks inside of compiled code do not run. Give LocalWrapper the "
+            "module as it was before torch.compile"
+        )
+    if isinstance(module, torch.jit.ScriptModule):
+        raise ValueError(
+            f"{kind} cannot be cut: {who} was scripted or traced, and takes no hooks. Give LocalWrapper the module as it was "
+            "before torch.jit, and script it after training; or end the stages elsewhere, for instance after an nn.Identity() "
+            "that follows it"
+        )
+
+
+def has_backward_hooks(*modules: nn.Module) -> bool:
+    """Whether somebody watches the gradients of one of ``modules``, or of every module."""
+    if torch_modules._global_backward_hooks or torch_modules._global_backward_pre_hooks:
+        return True
+    return any(module._backward_hooks or module._backward_pre_hooks for module in modules)
+
+
+def hooked(ends: Sequence[nn.Module], on_outlet: Callable[[int, Any], Any]) -> Reverted[Callable[[], bool]]:
+    """While open, a forward goes on with ``on_outlet(stage, outlet)`` in place of the outlet of each of ``ends``.
+
+    Only the thread that called it is concerned, and not what ``on_outlet`` itself runs: a decoder, a loss or another
+    thread that calls the backbone meanwhile finds it plain. What is yielded tells whether a call is concerned.
+    """
+    owner, busy = get_ident(), False
+
+    def concerned() -> bool:
+        return not busy and get_ident() == owner
+
+    def hand_on(stage: int, output: Any) -> Any:
+        nonlocal busy
+        busy = True
+        try:
+            return on_outlet(stage, output)
+        finally:
+            busy = False
+
+    def hook(stage: int) -> Callable[[nn.Module, Any, Any], Any]:
+        return lambda module, args, output: hand_on(stage, output) if concerned() else None
+
+    def call(stage: int, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        return hand_on(stage, result)
+
+    watched = [(stage, end) for stage, end in enumerate(ends) if has_backward_hooks(end)]  # a stage ends behind those
+    hooks = attached({}, {end: hook(stage) for stage, end in enumerate(ends) if (stage, end) not in watched})
+    calls = intercepted([Interception(end, True, concerned, partial(call, stage)) for stage, end in watched])
+
+    def on() -> Callable[[], bool]:
+        hooks.__enter__()
+        calls.__enter__()
+        return concerned
+
+    def off() -> None:
+        hooks.__exit__()
+        calls.__exit__()
+
+    return Reverted(on, off)
+
+
+def one_tensor(stage: int, cut: str, output: object) -> Tensor:
+    """``output`` if it is a tensor.
+
+    Raises:
+        TypeError: otherwise.
+    """
+    if isinstance(output, Tensor):
+        return output
+    kind = type(output).__name__
+    size = f" of {len(output)}" if isinstance(output, tuple | list | dict) else ""
+    raise TypeError(
+        f"stage {stage} ends after {cut!r}, which returned a {kind}{size}; one tensor passes a cut. End the stage after a "
+        "submodule that returns a tensor. If there is none, make one where the tensor is: `class Ended(type(block))` whose "
+        "forward passes it through `self.end`, then `block.__class__, block.end = Ended, nn.Identity()`, and end the stage after "
+        f"'{cut}.end'. docs/your-backbone.md has the lines, under 'Blocks that return more than a tensor'"
+    )
+
+
+def check_order(cuts: Sequence[str], ran: Sequence[int], backbone: nn.Module) -> None:
+    """Checks that each stage ended once, and in the order of ``cuts``; ``ran`` lists the stages as they ended.
+
+    Raises:
+        ValueError: otherwise.
+    """
+    never = [cut for stage, cut in enumerate(cuts) if stage not in ran]
+    twice = sorted({cuts[stage] for stage in ran if ran.count(stage) > 1})
+    if never:
+        raise ValueError(f"stages end after submodules that never ran in a forward: {never}{_why(backbone, never)}")
+    if twice:
+        raise ValueError(
+            f"stages end after submodules that ran more than once in a forward: {twice}. End them after submodules that run once"
+        )
+    if list(ran) != sorted(ran):
+        raise ValueError(
+            f"stages are listed in the order in which they run: stages={[cuts[stage] for stage in ran]}; got {list(cuts)}"
+        )
+
+
+def _why(backbone: nn.Module, never: Sequence[str]) -> str:
+    """What hides the calls of ``never``, and what to name instead."""
+    if isinstance(backbone, torch.fx.GraphModule):
+        return (
+            ". A torch.fx graph, as create_feature_extractor makes it, calls what it was traced down to: blocks have come apart "
+            "into their layers. Trace it with the blocks whole, create_feature_extractor(..., tracer_kwargs={'leaf_modules': "
+            "[type(block)]}), and end stages after blocks; or give the model that it was made from"
+        )
+    inside = {cut: [*backbone.get_submodule(cut)._modules] for cut in never}
+    if ends := [f"{cut}.{parts[-1]}" for cut, parts in inside.items() if parts]:
+        return (
+            ". What holds modules and is not called itself, as an nn.ModuleList, ends with the last of them that is; name "
+            f"that, such as {ends[0]!r}"
+        )
+    return ""

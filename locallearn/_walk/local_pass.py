@@ -1,0 +1,224 @@
+"""Carries out a schedule while the backbone's own forward runs: the only place where tensors meet the plan."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from types import MappingProxyType
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointError
+
+from locallearn._walk.cuts import check_order, has_backward_hooks, hooked, one_tensor
+from locallearn._walk.gradients import Accumulator
+from locallearn._walk.isolation import Isolation
+from locallearn._walk.recompute import Run, in_checkpoint, recomputed, unhooked
+from locallearn._walk.replay import Learnt
+from locallearn._walk.segment import Segment, cut, leaves, unchanged
+from locallearn.plan import Unit
+from locallearn.schedules.actions import Execution, Train
+
+
+class LocalPass:
+    """One forward of a backbone during which every unit is evaluated and, given an accumulator, trained.
+
+    Args:
+        backbone: runs its own ``forward``.
+        cuts: the names of the submodules after which the stages end.
+        ends: those submodules.
+        execution: what each unit's loss reaches and updates, and in what order.
+        evaluate: the loss of a unit, a scalar, from the outlet of its last stage.
+        accumulator: where gradients go; ``None`` only evaluates.
+        scale: a factor on every loss before its backward.
+        runs: the submodules that are recomputed instead of kept, and what is known of them, see
+            :mod:`locallearn._walk.recompute`.
+        spanned: for each stage, whether it ends inside of a ``torch.no_grad`` of the backbone, as far as is known.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        cuts: tuple[str, ...],
+        ends: Sequence[nn.Module],
+        execution: Execution,
+        evaluate: Callable[[int, Tensor], Tensor],
+        accumulator: Accumulator | None,
+        scale: float | Tensor | None = None,
+        runs: Mapping[Run, Learnt] = MappingProxyType({}),
+        spanned: Sequence[bool] = (),
+    ) -> None:
+        self._backbone, self._cuts, self._ends, self._units = backbone, cuts, ends, execution.plan.units
+        self._actions = deque(execution.actions)
+        self._last_uses, self._spanning = execution.last_uses, execution.spanning
+        self._evaluate, self._accumulator, self._scale = evaluate, accumulator, scale
+        self._runs = unhooked(backbone, runs)
+        self._spanned = spanned or [False] * len(cuts)
+        self._watched = accumulator is not None and has_backward_hooks(*backbone.modules())
+        self._off = False  # whether we have disabled gradients
+        self._on = -1  # the stage for which we have enabled them again
+        self._isolation = Isolation(backbone, cuts)
+        self._ran: list[int] = []
+        self._inlet: Tensor | None = None
+        self._segments: dict[int, Segment] = {}
+        self._pending: dict[int, list[Tensor]] = {}  # gradients at outlets for which weights still wait
+        self._losses: dict[int, Tensor] = {}
+
+    def run(self, batch: Tensor) -> list[Tensor]:
+        """Runs the backbone on ``batch`` and returns the units' losses, detached scalars."""
+        cuts = hooked(self._ends, self._outlet)
+        try:
+            with (
+                torch.set_grad_enabled(self._accumulator is not None),
+                cuts,
+                cuts as concerned,  # twice, see Reverted
+                recomputed(self._backbone, self._runs, concerned),
+            ):
+                self._begin(0)
+                self._backbone(batch)
+        except CheckpointError as error:
+            raise RuntimeError(
+                "what runs again in the backward did something else than in the forward: other operations, or on other shapes. "
+                "It depends on what outlives a forward: random numbers that are not torch's (layer drop), a flag or a counter, "
+                "a cache such as parametrize.cached(), a mode that was changed. Take the module out of checkpoint=, or your own "
+                f"torch.utils.checkpoint away. {_first_line(error)}"
+            ) from error
+        except RuntimeError as error:
+            if "donated buffer" not in str(error):
+                raise
+            raise RuntimeError(
+                "a stage that several units share is differentiated more than once, but a part of it went through torch.compile, "
+                "which overwrites what it has saved in its first backward. Set torch._functorch.config.donated_buffer = False "
+                "before anything is compiled"
+            ) from error
+        check_order(self._cuts, self._ran, self._backbone)
+        return [self._losses[k] for k in range(len(self._units))]
+
+    def _begin(self, stage: int) -> None:
+        """Only a stage through which some gradient walks gets a graph; what follows the last cut gets none.
+
+        A stage that ends inside of a ``torch.no_grad`` of the backbone is left alone: on its way out that would put back the
+        mode that it found, and the next stage would find it, too.
+        """
+        if self._accumulator is None:
+            return
+        if stage not in self._last_uses and (stage >= len(self._cuts) or not self._spanned[stage]):
+            torch.set_grad_enabled(False)
+            self._off = True
+        elif self._off:
+            torch.set_grad_enabled(True)
+            self._off, self._on = False, stage
+
+    def _outlet(self, stage: int, output: object) -> object:
+        """A stage has ended: keeps its segment, trains the units that are due, and begins the next stage."""
+        self._ran.append(stage)
+        if self._ran != list(range(len(self._ran))):
+            return output  # the forward runs to its end, so that check_order can tell the whole story
+        outlet = one_tensor(stage, self._cuts[stage], output)
+        if self._accumulator is not None and in_checkpoint():
+            raise RuntimeError(
+                f"stage {stage} ends after {self._cuts[stage]!r}, inside of a function that the backbone checkpoints itself: it "
+                "would run again across the cut. Checkpoint parts of a stage, so that none of the cuts lies inside of one: "
+                f"{list(self._cuts)}"
+            )
+        if self._on == stage and not self._spanned[stage] and not torch.is_grad_enabled():
+            raise RuntimeError(
+                f"gradients are disabled where stage {stage} ends ({self._cuts[stage]!r}), though they were not when it began: a "
+                f"torch.no_grad or set_grad_enabled of the backbone spans the cut before it ({self._cuts[stage - 1]!r}) in this "
+                "mode. Move the cut out of it, or freeze what lies below with requires_grad_(False)"
+            )
+        if stage in self._last_uses:
+            self._segments[stage] = Segment(outlet, self._inlet)
+            self._isolation.claim_stage(stage, self._segments[stage].weights)
+        self._actions.popleft()
+        with torch.set_grad_enabled(self._accumulator is not None):
+            while self._actions and isinstance(action := self._actions[0], Train):
+                self._actions.popleft()
+                self._train(action.unit)
+        crossed = any(self._walks_below(unit, stage + 1) for unit in self._spanning[stage])
+        # hooks on the backward of a stage's first module see a gradient of its input, whether it is walked on or not
+        self._inlet, handed_on = cut(outlet, differentiable=crossed or (self._watched and stage + 1 in self._last_uses))
+        if self._inlet is not None:
+            self._isolation.opens(stage + 1, self._inlet)
+        self._begin(stage + 1)
+        return handed_on
+
+    def _walks_below(self, unit: Unit, stage: int) -> bool:
+        """Whether there is something to train for ``unit`` below ``stage``."""
+        for below in unit.updates:
+            if below >= stage:
+                return False
+            if self._segments[below].weights:
+                return True
+        return False
+
+    def _train(self, k: int) -> None:
+        """Evaluates a unit's loss, as the user's autocast says, and walks its gradient down, outside of autocast."""
+        unit = self._units[k]
+        segment = self._segments[unit.last]
+        if segment.changed():
+            raise RuntimeError(
+                f"the outlet of stage {unit.last} ({self._cuts[unit.last]!r}) was changed in place before unit {k} read it: "
+                "the next stage begins with an in-place operation. Build it with inplace=False, or train the unit as soon "
+                "as the stage has run (schedule=sequential)"
+            )
+        with unchanged(segment.outlet, f"the decoder or the loss of unit {k}"):
+            leaf, features = cut(segment.outlet, differentiable=self._walks_below(unit, unit.last + 1))
+            loss = self._evaluate(k, features)
+        torch.clear_autocast_cache()  # which would keep the casts of weights whose graphs are freed below
+        self._losses[k] = loss.detach()
+        with _autocast_off(loss.device.type):
+            self._walk(k, self._through_decoder(loss, leaf))
+
+    def _through_decoder(self, loss: Tensor, leaf: Tensor | None) -> list[Tensor]:
+        """Trains the decoder, and the loss if it has weights; returns the gradient at the outlet below, alone in a list."""
+        if self._accumulator is None or not loss.requires_grad:
+            return []
+        weights = [weight for weight in leaves(loss) if weight is not leaf]
+        self._isolation.claim_unit(weights)
+        return self._accumulator.push(loss if self._scale is None else loss * self._scale, weights, leaf)
+
+    def _walk(self, k: int, flow: list[Tensor]) -> None:
+        """Takes a unit's gradient from the outlet of its last stage down to its lowest one; ``flow`` is its only holder.
+
+        Backpropagation is linear in the gradient: where several units reach a stage, each one's gradient passes through
+        to the inlet by itself, but the weights get theirs once, from the sum of all.
+        """
+        unit = self._units[k]
+        for stage in range(unit.last, unit.lowest - 1, -1):
+            segment, last = self._segments[stage], self._last_uses[stage] == k
+            below = bool(flow) and segment.inlet is not None and self._walks_below(unit, stage)
+            pending = self._pending.pop(stage, [])
+            if last and not pending and stage in unit.updates:
+                flow = self._push(segment, flow, below=below)
+            else:
+                if flow and stage in unit.updates:
+                    pending = [pending[0] + flow[0]] if pending else [flow[0]]
+                flow = segment.pull(flow, retain=bool(pending) or not last) if below else []
+                if last:
+                    self._push(segment, pending, below=False)
+                elif pending:
+                    self._pending[stage] = pending
+            if last:
+                del self._segments[stage]
+
+    def _push(self, segment: Segment, box: list[Tensor], *, below: bool) -> list[Tensor]:
+        """The last backward through a segment, which lets go of its outlet: what is recomputed may not need it."""
+        assert self._accumulator is not None or not box
+        if self._accumulator is None or not box:
+            return []
+        root = segment.seed(box)
+        del segment.outlet
+        flow = self._accumulator.push(root, segment.weights, segment.inlet if below or self._watched else None)
+        return flow if below else []
+
+
+def _first_line(error: Exception) -> str:
+    return f"torch says: {str(error).strip().splitlines()[0]}" if str(error).strip() else ""
+
+
+def _autocast_off(device: str) -> AbstractContextManager[object]:
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)

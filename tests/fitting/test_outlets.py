@@ -1,0 +1,112 @@
+"""Probing finds the outlets and leaves no trace."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from zoo import ZOO, ReturnsPair, small_net
+
+from locallearn import LocalWrapper, MLPDecoder
+from locallearn._fitting.outlets import channel_axis, example_batch, probe
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_outlets_have_the_shapes_of_a_plain_forward(name: str) -> None:
+    specimen = ZOO[name]
+    backbone = specimen.build().eval()
+    batch = specimen.views(2)[0]
+    seen: list[tuple[int, ...]] = []
+    for cut in specimen.stages:
+        backbone.get_submodule(cut).register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    backbone(batch)
+    expected = list(seen)
+    assert [outlet.features.shape for outlet in probe(backbone, tuple(specimen.stages), batch)] == expected
+
+
+def test_a_stage_of_one_module_is_found() -> None:
+    specimen = ZOO["resnet18"]
+    backbone = specimen.build()
+    outlets = probe(backbone, ("layer1", "layer2", "layer4"), specimen.views(2)[0])
+    assert [outlet.module for outlet in outlets] == [None, backbone.layer2, None]
+
+
+class Counting(nn.Module):
+    """Changes its buffer in eval mode too, and draws random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.mean = x.detach().mean((0, 2, 3))
+        return x + torch.rand(())
+
+
+def test_probing_leaves_buffers_random_state_modes_and_hooks() -> None:
+    backbone = nn.Sequential(small_net(), Counting(), nn.BatchNorm2d(4), small_head())
+    backbone[2].eval()
+    decoder = nn.Sequential(nn.BatchNorm2d(4), Counting(), MLPDecoder(4))
+    decoder[0].eval()
+    modules = [*backbone.modules(), *decoder.modules()]
+    modes = [module.training for module in modules]
+    before = {
+        name: value.clone() for m in (backbone, decoder) for name, value in m.state_dict(prefix=str(id(m))).items()
+    }
+    state = torch.get_rng_state()
+    LocalWrapper(backbone, [1, 3], 1, [decoder], example=torch.rand(2, 3, 8, 8, generator=torch.Generator()))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [module.training for module in modules] == modes
+    after = {name: value for m in (backbone, decoder) for name, value in m.state_dict(prefix=str(id(m))).items()}
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+
+
+def small_head() -> nn.Module:
+    return nn.Conv2d(4, 4, 1)
+
+
+def test_default_example_is_two_images_in_the_backbones_dtype_and_device() -> None:
+    batch = example_batch(nn.Linear(2, 2).to(torch.bfloat16), None)
+    assert (batch.shape, batch.dtype) == ((2, 3, 224, 224), torch.bfloat16)
+    assert example_batch(nn.Linear(2, 2, device="meta"), None).device.type == "meta"
+
+
+def test_views_as_an_example_are_one_batch() -> None:
+    assert example_batch(nn.Linear(2, 2), [torch.zeros(1, 5), torch.zeros(1, 5)]).shape == (2, 5)
+
+
+def test_a_backbone_that_does_not_run_on_it_asks_for_an_example() -> None:
+    with pytest.raises(ValueError, match=r"Sequential does not run on .*\(2, 3, 224, 224\).*example=batch"):
+        LocalWrapper(nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5)), [0, 1])
+
+
+def test_an_outlet_that_is_not_one_tensor_is_named() -> None:
+    with pytest.raises(TypeError, match="stage 1 ends after 'b', which returned a tuple of 2"):
+        LocalWrapper(ReturnsPair(), ["a", "b", "c"], example=torch.rand(2, 3, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis"),
+    [((2, 5), 1), ((2, 9, 5), -1), ((2, 8, 7, 7), 1), ((2, 7, 7, 8), -1), ((2, 8, 8, 8), 1), ((2, 3, 4, 5, 6), 1)],
+)
+def test_channel_axis(shape: tuple[int, ...], axis: int) -> None:
+    assert channel_axis(torch.zeros(shape)) == axis
+
+
+def test_channels_last_maps_reach_the_decoder_channels_first() -> None:
+    specimen = ZOO["swin"]
+    model = LocalWrapper(specimen.build(), specimen.stages, decoder=specimen.decoder, example=specimen.views(2)[0])
+    assert [decoder[1].channels for decoder in model.decoders] == [24, 48]  # type: ignore[index]
+    assert model.decoders[0][0](torch.zeros(2, 4, 4, 24)).shape == (2, 24, 4, 4)  # type: ignore[index, operator]
+
+
+def test_the_user_may_say_where_the_channels_are() -> None:
+    audio = nn.Sequential(nn.Conv1d(1, 4, 3), nn.Conv1d(4, 6, 3))
+    model = LocalWrapper(audio, [0, 1], decoder=MLPDecoder, example=torch.rand(2, 1, 16), channel_axis=1)
+    assert model.decoders[0].channels == 6
+    with pytest.raises(ValueError, match="channel_axis is 1, -1 or None; got 2"):
+        LocalWrapper(audio, [0, 1], decoder=MLPDecoder, example=torch.rand(2, 1, 16), channel_axis=2)
