@@ -60,7 +60,8 @@ def local_gradients(model: LocalWrapper, *views: Tensor, targets: Any = None) ->
 
     Example:
         >>> from torch import nn
-        >>> from locallearn import MLPDecoder
+        >>> from locallearn import LocalWrapper, MLPDecoder
+        >>> from locallearn.testing import local_gradients
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8), nn.Linear(8, 8))
         >>> model = LocalWrapper(net, [1, 2, 3], decoder=MLPDecoder, example=torch.rand(2, 4))
         >>> expected = local_gradients(model, torch.rand(5, 4), torch.rand(5, 4))
