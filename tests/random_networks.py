@@ -256,8 +256,3 @@ def networks(draw: st.DrawFn) -> Drawn:
             HOOKS[draw(st.sampled_from(list(HOOKS)), label="hook")](modules[at])
     single = any(isinstance(module, Single) for module in modules)
     return Drawn(backbone, cuts, policy, 1e-4 if single else 1e-8)
-
-
-def checkpoints_itself(backbone: nn.Module) -> bool:
-    """Whether a part updates its statistics again when the user's own checkpoint runs it again."""
-    return any(isinstance(module, Checkpointed | Around) for module in backbone.modules())
