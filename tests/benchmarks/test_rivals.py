@@ -92,9 +92,9 @@ def test_a_forward_per_window_updates_the_statistics_of_shared_stages_twice() ->
 def count(step: Callable[..., None] | None, overlap: int) -> Cost:
     """Of `local_step`, if no other step is given."""
     torch.set_default_dtype(torch.float32)
-    fake = FakeTensorMode()
+    fake, model = FakeTensorMode(), wrapped(overlap)
     with FakeCopyMode(fake):
-        model = copy.deepcopy(wrapped(overlap))
+        model = copy.deepcopy(model)
     with fake:
         for weight in model.parameters():
             weight.grad = torch.zeros_like(weight)

@@ -231,7 +231,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_ends_with_the_same_bits(
 
 def start(argv: list[str], *before: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, *before, str(ROOT / "tests/tiny_pretrain.py"), *argv],
+        [sys.executable, *before, str(ROOT / "tests/examples/tiny_pretrain.py"), *argv],
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
