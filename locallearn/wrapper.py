@@ -19,7 +19,7 @@ from locallearn._fitting.objective import (
     unit_loss,
     warn_of_fp16,
 )
-from locallearn._fitting.outlets import check_graph, check_rows, example_batch, probe, spanned
+from locallearn._fitting.outlets import check_graph, check_rows, example_batch, probe
 from locallearn._fitting.recomputed import Policy, runs
 from locallearn._walk.cuts import find, submodules
 from locallearn._walk.gradients import Accumulate, Accumulator, Collect
@@ -140,8 +140,6 @@ class LocalWrapper(nn.Module):
         self.decoders = attach(decoder, plan, self.sharing, outlets, channel_axis, _under_autocast(model, batch))
         self.loss = registered(InfoNCE() if loss is None else loss, len(plan.units))
         self._whole = [outlet.module is not None for outlet in outlets]
-        gaps = set(range(max(self._execution.last_uses))) - self._execution.last_uses.keys()
-        self._spanned = spanned(model, self.stages, batch) if gaps else [False] * len(self.stages)
         self.losses = None
         self.penalty = None
 
@@ -229,15 +227,7 @@ class LocalWrapper(nn.Module):
 
         torch.clear_autocast_cache()  # a weight cast under no_grad before would be found there, without its graph
         local = LocalPass(
-            self.backbone,
-            self.stages,
-            ends,
-            self._execution,
-            evaluate,
-            accumulator,
-            grad_scale,
-            self._runs,
-            self._spanned,
+            self.backbone, self.stages, ends, self._execution, evaluate, accumulator, grad_scale, self._runs
         )
         try:
             with spared(batch, views):

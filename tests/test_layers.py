@@ -28,7 +28,7 @@ INSIDE = {  # likewise within a wing
         {"cuts", "recompute", "isolation"},
         {"intercept", "replay"},
         {"sameness", "segment", "gradients"},
-        {"undo"},
+        {"undo", "hooks", "named"},
     ],
     "_fitting": [{"attach", "recomputed"}, {"chain", "objective"}, {"outlets"}, {"quiet"}],
     "memory": [{"planning"}, {"predict"}, {"pieces"}, {"count", "fakes"}],

@@ -82,20 +82,6 @@ def probe(backbone: nn.Module, cuts: tuple[str, ...], batch: Tensor) -> list[Out
     return outlets
 
 
-def spanned(backbone: nn.Module, cuts: tuple[str, ...], batch: Tensor) -> list[bool]:
-    """For each stage, whether a ``torch.no_grad``, or the like, of the backbone is open where it ends."""
-    modes: dict[bool, list[bool]] = {True: [], False: []}
-    for enabled, found in modes.items():
-
-        def note(stage: int, output: object, found: list[bool] = found) -> object:
-            found.append(torch.is_grad_enabled())
-            return output
-
-        with undisturbed(backbone), torch.set_grad_enabled(enabled), hooked(submodules(backbone, cuts), note):
-            backbone(batch.clone())
-    return [not (on and not off) for on, off in zip(modes[True], modes[False], strict=True)]
-
-
 def check_graph(backbone: nn.Module) -> None:
     """Checks that a forward of ``backbone`` can have a graph at all.
 

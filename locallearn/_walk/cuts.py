@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_modules
 
+from locallearn._walk.hooks import has_backward_hooks
 from locallearn._walk.intercept import Interception, intercepted, is_compiled
+from locallearn._walk.named import submodule
 from locallearn._walk.undo import Reverted, attached
 
 
@@ -73,7 +74,7 @@ def submodules(backbone: nn.Module, cuts: Sequence[str]) -> list[nn.Module]:
     for cut in cuts:
         module, steps = backbone, cut.split(".")
         for at, step in enumerate(steps):
-            module = module.get_submodule(step)
+            module = submodule(module, step)
             _check_python(type(backbone).__name__, f"its submodule {'.'.join(steps[: at + 1])!r}", module)
         found.append(module)
     return found
@@ -91,13 +92,6 @@ def _check_python(kind: str, who: str, module: nn.Module) -> None:
             "before torch.jit, and script it after training; or end the stages elsewhere, for instance after an nn.Identity() "
             "that follows it"
         )
-
-
-def has_backward_hooks(*modules: nn.Module) -> bool:
-    """Whether somebody watches the gradients of one of ``modules``, or of every module."""
-    if torch_modules._global_backward_hooks or torch_modules._global_backward_pre_hooks:
-        return True
-    return any(module._backward_hooks or module._backward_pre_hooks for module in modules)
 
 
 def hooked(ends: Sequence[nn.Module], on_outlet: Callable[[int, Any], Any]) -> Reverted[Callable[[], bool]]:

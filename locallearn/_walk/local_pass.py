@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
-from locallearn._walk.cuts import check_order, has_backward_hooks, hooked, one_tensor
+from locallearn._walk.cuts import check_order, hooked, one_tensor
 from locallearn._walk.gradients import Accumulator
+from locallearn._walk.hooks import has_backward_hooks
 from locallearn._walk.isolation import Isolation
-from locallearn._walk.recompute import Run, in_checkpoint, recomputed, unhooked
+from locallearn._walk.recompute import Run, in_checkpoint, possible, recomputed
 from locallearn._walk.replay import Learnt
 from locallearn._walk.segment import Segment, cut, leaves, unchanged
 from locallearn.plan import Unit
@@ -34,7 +35,6 @@ class LocalPass:
         scale: a factor on every loss before its backward.
         runs: the submodules that are recomputed instead of kept, and what is known of them, see
             :mod:`locallearn._walk.recompute`.
-        spanned: for each stage, whether it ends inside of a ``torch.no_grad`` of the backbone, as far as is known.
     """
 
     def __init__(
@@ -47,17 +47,14 @@ class LocalPass:
         accumulator: Accumulator | None,
         scale: float | Tensor | None = None,
         runs: Mapping[Run, Learnt] = MappingProxyType({}),
-        spanned: Sequence[bool] = (),
     ) -> None:
         self._backbone, self._cuts, self._ends, self._units = backbone, cuts, ends, execution.plan.units
         self._actions = deque(execution.actions)
         self._last_uses, self._spanning = execution.last_uses, execution.spanning
         self._evaluate, self._accumulator, self._scale = evaluate, accumulator, scale
-        self._runs = unhooked(backbone, runs)
-        self._spanned = spanned or [False] * len(cuts)
+        self._runs = possible(backbone, runs)
         self._watched = accumulator is not None and has_backward_hooks(*backbone.modules())
-        self._off = False  # whether we have disabled gradients
-        self._on = -1  # the stage for which we have enabled them again
+        self._highest = max(self._last_uses)  # what lies above needs no graph
         self._isolation = Isolation(backbone, cuts)
         self._ran: list[int] = []
         self._inlet: Tensor | None = None
@@ -75,7 +72,6 @@ class LocalPass:
                 cuts as concerned,  # twice, see Reverted
                 recomputed(self._backbone, self._runs, concerned),
             ):
-                self._begin(0)
                 self._backbone(batch)
         except CheckpointError as error:
             raise RuntimeError(
@@ -95,21 +91,6 @@ class LocalPass:
         check_order(self._cuts, self._ran, self._backbone)
         return [self._losses[k] for k in range(len(self._units))]
 
-    def _begin(self, stage: int) -> None:
-        """Only a stage through which some gradient walks gets a graph; what follows the last cut gets none.
-
-        A stage that ends inside of a ``torch.no_grad`` of the backbone is left alone: on its way out that would put back the
-        mode that it found, and the next stage would find it, too.
-        """
-        if self._accumulator is None:
-            return
-        if stage not in self._last_uses and (stage >= len(self._cuts) or not self._spanned[stage]):
-            torch.set_grad_enabled(False)
-            self._off = True
-        elif self._off:
-            torch.set_grad_enabled(True)
-            self._off, self._on = False, stage
-
     def _outlet(self, stage: int, output: object) -> object:
         """A stage has ended: keeps its segment, trains the units that are due, and begins the next stage."""
         self._ran.append(stage)
@@ -122,17 +103,13 @@ class LocalPass:
                 "would run again across the cut. Checkpoint parts of a stage, so that none of the cuts lies inside of one: "
                 f"{list(self._cuts)}"
             )
-        if self._on == stage and not self._spanned[stage] and not torch.is_grad_enabled():
-            raise RuntimeError(
-                f"gradients are disabled where stage {stage} ends ({self._cuts[stage]!r}), though they were not when it began: a "
-                f"torch.no_grad or set_grad_enabled of the backbone spans the cut before it ({self._cuts[stage - 1]!r}) in this "
-                "mode. Move the cut out of it, or freeze what lies below with requires_grad_(False)"
-            )
         if stage in self._last_uses:
             self._segments[stage] = Segment(outlet, self._inlet)
             self._isolation.claim_stage(stage, self._segments[stage].weights)
         self._actions.popleft()
-        with torch.set_grad_enabled(self._accumulator is not None):
+        trains = self._accumulator is not None  # whatever the backbone has set around the end of the stage
+        outside = torch.inference_mode(False) if trains and torch.is_inference_mode_enabled() else nullcontext()
+        with outside, torch.set_grad_enabled(trains):
             while self._actions and isinstance(action := self._actions[0], Train):
                 self._actions.popleft()
                 self._train(action.unit)
@@ -141,7 +118,8 @@ class LocalPass:
         self._inlet, handed_on = cut(outlet, differentiable=crossed or (self._watched and stage + 1 in self._last_uses))
         if self._inlet is not None:
             self._isolation.opens(stage + 1, self._inlet)
-        self._begin(stage + 1)
+        if stage == self._highest:
+            torch.set_grad_enabled(False)
         return handed_on
 
     def _walks_below(self, unit: Unit, stage: int) -> bool:

@@ -11,12 +11,15 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
+from locallearn._walk.hooks import has_hooks
 from locallearn._walk.intercept import Interception, intercepted, original
+from locallearn._walk.named import submodule
 from locallearn._walk.replay import Learnt, Replay
 from locallearn._walk.sameness import has_values
+from locallearn._walk.segment import version
 from locallearn._walk.undo import Reverted
 
 Run: TypeAlias = tuple[str, ...]  # names of submodules, each of which takes the previous one's output and nothing else
@@ -34,29 +37,37 @@ def recomputed(backbone: nn.Module, runs: Mapping[Run, Learnt], concerned: Calla
         concerned: tells, when a submodule is called, whether the call is a part of the pass.
     """
     again: set[int] = set()  # threads in which something runs a second time
-    joined = [_Joined(run, [backbone.get_submodule(name) for name in run], again, runs[run], concerned) for run in runs]
+    joined = [_Joined(run, [submodule(backbone, name) for name in run], again, runs[run], concerned) for run in runs]
     return intercepted([interception for one in joined for interception in one.interceptions])
 
 
-def unhooked(backbone: nn.Module, runs: Mapping[Run, Learnt]) -> dict[Run, Learnt]:
-    """``runs`` without those of several submodules of which one has hooks: they would not see what they should."""
+def possible(backbone: nn.Module, runs: Mapping[Run, Learnt]) -> dict[Run, Learnt]:
+    """``runs`` without what somebody else's hooks forbid now.
+
+    Those of several submodules of which one has hooks, which would not see what they should; and those inside of a module
+    that is checkpointed by hooks (``torch.distributed._composable.checkpoint``).
+    """
+    taken = [name for name, module in backbone.named_modules() if _checkpointed_by_hooks(module)] if runs else []
     return {
-        run: learnt for run, learnt in runs.items() if len(run) == 1 or not any(map(_has_hooks, _ends(backbone, run)))
+        run: learnt
+        for run, learnt in runs.items()
+        if not any(f"{run[0]}.".startswith(f"{name}.") for name in taken)
+        and (len(run) == 1 or not has_hooks(*_ends(backbone, run)))
     }
+
+
+def _checkpointed_by_hooks(module: nn.Module) -> bool:
+    hooks = module._forward_pre_hooks.values()
+    return any(getattr(hook, "__module__", "").startswith("torch.distributed._composable.checkpoint") for hook in hooks)
 
 
 def _ends(backbone: nn.Module, run: Run) -> Iterator[nn.Module]:
     """The submodules that begin or end within a run: its own, and those that contain some of them."""
     for name in run:
-        yield backbone.get_submodule(name)
+        yield submodule(backbone, name)
         while name := name.rpartition(".")[0]:
             if not all(other.startswith(f"{name}.") for other in run):
-                yield backbone.get_submodule(name)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    forward = module._forward_hooks or module._forward_pre_hooks
-    return bool(forward or module._backward_hooks or module._backward_pre_hooks)
+                yield submodule(backbone, name)
 
 
 class _Joined:
@@ -78,17 +89,34 @@ class _Joined:
     def _call(self, at: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if at:
             return self._later(at, forward, *args, **kwargs)
-        if torch.is_grad_enabled() and not in_checkpoint():
+        if torch.is_grad_enabled() and not in_checkpoint() and self._has_graph((args, kwargs)):
             return self._first(*args, **kwargs)
         return forward(*args, **kwargs)
 
+    def _has_graph(self, given: object) -> bool:
+        if any(leaf.requires_grad for leaf in tree_leaves(given) if isinstance(leaf, Tensor)):
+            return True
+        return any(weight.requires_grad for module in self._modules for weight in module.parameters())
+
     def _first(self, *args: Any, **kwargs: Any) -> Any:
-        versions = [(t, t._version) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        compares = not self._learnt.same and all(has_values(t) for t, _ in versions)
+        given, shape = tree_flatten((args, kwargs))
+        tensors = list(
+            dict.fromkeys(leaf for leaf in given if isinstance(leaf, Tensor))
+        )  # q is k is v has to stay true
+        places = [tensors.index(leaf) if isinstance(leaf, Tensor) else None for leaf in given]
+        versions = [version(tensor) for tensor in tensors]
+        compares = not self._learnt.same and all(map(has_values, tensors))
         replay = Replay(self._run[0], self._modules, self._forwards, self._again, self._learnt, compares=compares)
+        constants = [None if isinstance(leaf, Tensor) else leaf for leaf in given]
+
+        def run(*tensors: Tensor) -> Any:
+            leaves = [leaf if at is None else tensors[at] for leaf, at in zip(constants, places, strict=True)]
+            args, kwargs = tree_unflatten(leaves, shape)
+            return replay(*args, **kwargs)
+
         with set_checkpoint_early_stop(False) if compares else nullcontext():
-            result = checkpoint(partial(replay, **kwargs), *args, use_reentrant=False)
-        if any(tensor._version != version for tensor, version in versions):
+            result = checkpoint(run, *tensors, use_reentrant=False)
+        if versions != [version(tensor) for tensor in tensors]:
             raise RuntimeError(
                 f"{self._run[0]!r} changes its input in place, and cannot be recomputed from it. Build it with inplace=False, "
                 "or leave it out of checkpoint="

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from threading import RLock, get_ident
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, UntypedStorage, nn
 
 from locallearn._walk.sameness import OtherState, alike, has_values, samples
 from locallearn._walk.segment import version
@@ -31,7 +32,7 @@ class Learnt:
 
     Attributes:
         same: a second run was compared with its first one, and had done the same.
-        changed: the weights and buffers that their forward changes.
+        changed: the trained weights that their forward changes in place.
     """
 
     same: bool = False
@@ -41,10 +42,11 @@ class Learnt:
 class Replay:
     """Modules one after the other, which may run again: then from the state that they had before, and on copies of it.
 
-    State is what is registered: buffers, and weights that the forward itself changes. So BatchNorm's running statistics are
-    updated once, and what depends on a buffer that the forward changes (spectral normalisation) comes out the same. The
-    tensors are swapped, not written to, since another graph may have saved them. Torch's default generators are left to
-    ``torch.utils.checkpoint``; any other state would make the second run another one, and the first time it is told.
+    State is what is registered: buffers, frozen weights, and trained ones that the forward itself changes. So BatchNorm's
+    running statistics are updated once, and what depends on a buffer that the forward changes (spectral normalisation)
+    comes out the same. The tensors are swapped, not written to, since another graph may have saved them. Torch's default
+    generators are left to ``torch.utils.checkpoint``; any other state would make the second run another one, and the first
+    time it is told.
 
     Args:
         name: of the first module, for messages.
@@ -70,17 +72,21 @@ class Replay:
         self._parts = list(dict.fromkeys(part for module in modules for part in module.modules()))
         self._before: dict[Place, Tensor | None] | None = None  # what changed, as it was
         self._results: list[Tensor] = []
+        self._versions: list[int] = []
         self._other_state: frozenset[str] | None = None  # other state that changed; None if this is not to be checked
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._before is None:
             return self._first(*args, **kwargs)
+        stepped = self._trained() != self._versions  # by an optimiser that did not wait for the end of the backward
         with self._as_before(self._before):
             if self._other_state is None:
                 return self._run(*args, **kwargs)
             other_state = OtherState(self._parts)
             result = self._run(*args, **kwargs)
-            self._check(samples(result), self._other_state, other_state.changed())
+            if not stepped:
+                self._check(samples(result), self._other_state, other_state.changed())
+        self._learnt.same = True
         return result
 
     def _first(self, *args: Any, **kwargs: Any) -> Any:
@@ -88,10 +94,14 @@ class Replay:
         state = _Registered(self._parts, None if self._compares else self._learnt.changed)
         result = self._run(*args, **kwargs)
         self._before = state.changed()
+        changed = {
+            place for place, tensor in self._before.items() if isinstance(tensor, Tensor) and tensor.requires_grad
+        }
         if other_state is not None:
-            self._learnt.changed |= self._before.keys()
+            self._learnt.changed |= changed
             self._results, self._other_state = samples(result), other_state.changed()
-        elif new := [place for place in self._before.keys() - self._learnt.changed if place.kind == "_parameters"]:
+            self._versions = self._trained()
+        elif new := changed - self._learnt.changed:
             names = sorted(f"{type(self._parts[place.module]).__name__}.{place.name}" for place in new)
             raise RuntimeError(
                 f"{self._name!r} changes its weights {names} in place, which it did not do when it was recomputed for the "
@@ -109,7 +119,11 @@ class Replay:
                 f"{', '.join(sorted(causes)) or 'none that can be seen from outside'}. Keep state in buffers, draw random "
                 "numbers from torch's default generator, or leave the module out of checkpoint="
             )
-        self._learnt.same = True
+
+    def _trained(self) -> list[int]:
+        """The versions of the trained weights."""
+        weights = [weight for part in self._parts for weight in part._parameters.values() if weight is not None]
+        return [version(weight) for weight in weights if weight.requires_grad]
 
     @contextmanager
     def _as_before(self, before: dict[Place, Tensor | None]) -> Iterator[None]:
@@ -117,12 +131,12 @@ class Replay:
         here = get_ident()
         outermost = here not in self._again
         with _SWAPPING if before else nullcontext():
-            copies = {t: _copy(t) for t in before.values() if isinstance(t, Tensor)}
+            again = copies(tensor for tensor in before.values() if isinstance(tensor, Tensor))
             now = {place: held[place].get(place.name, _ABSENT) for place in before}
             try:
                 self._again.add(here)
                 for place, tensor in before.items():
-                    _put(held[place], place.name, copies[tensor] if isinstance(tensor, Tensor) else tensor)
+                    _put(held[place], place.name, again[tensor] if isinstance(tensor, Tensor) else tensor)
                 yield
             finally:
                 for place, tensor in now.items():
@@ -140,10 +154,6 @@ class Replay:
 _ABSENT: Any = object()
 
 
-def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
-
-
 def _put(held: dict[str, Any], name: str, value: Any) -> None:
     if value is _ABSENT:
         held.pop(name, None)
@@ -154,24 +164,26 @@ def _put(held: dict[str, Any], name: str, value: Any) -> None:
 class _Registered:
     """Weights and buffers of some modules, from now on.
 
+    Whether a tensor has changed cannot always be told (``tensor.data`` and BatchNorm leave no new version), so whatever is
+    not trained counts as changed.
+
     Args:
         parts: the modules.
-        changing: what is known to change in a forward. Of that a copy is kept, as of every buffer. ``None`` where that is to
-            be learnt: keeps copies of all, and tells changes by value, too.
+        changing: the trained weights that are known to change in a forward. ``None`` where that is to be learnt: keeps copies
+            of all weights, and tells changes by value, too.
     """
 
     def __init__(self, parts: Sequence[nn.Module], changing: frozenset[Place] | None) -> None:
         self._parts, self._changing = parts, changing
-        self._was: dict[Place, Tensor | None] = {}
-        self._versions: dict[Tensor, int] = {}
-        self._copies: dict[Tensor, Tensor] = {}
-        for place, tensor in self._places():
-            self._was[place] = tensor
-            if tensor is None or tensor in self._copies:
-                continue
-            self._versions[tensor] = version(tensor)
-            if changing is None or place.kind == "_buffers" or place in changing:
-                self._copies[tensor] = _copy(tensor)
+        self._was: dict[Place, Tensor | None] = dict(self._places())
+        registered = dict.fromkeys(tensor for tensor in self._was.values() if tensor is not None)
+        self._versions = {tensor: version(tensor) for tensor in registered}
+        self._copies = copies(
+            tensor for place, tensor in self._was.items() if tensor is not None and self._keeps(place, tensor)
+        )
+
+    def _keeps(self, place: Place, tensor: Tensor) -> bool:
+        return self._changing is None or not tensor.requires_grad or place in self._changing
 
     def _places(self) -> Iterator[tuple[Place, Tensor | None]]:
         for at, part in enumerate(self._parts):
@@ -180,7 +192,7 @@ class _Registered:
                     yield Place(at, kind, name), tensor
 
     def changed(self) -> dict[Place, Tensor | None]:
-        """What has changed, as it was before, if a copy was kept."""
+        """What has changed, or may have, as it was before, if a copy was kept."""
         now = dict(self._places())
         before = dict.fromkeys(now.keys() - self._was.keys(), _ABSENT)
         for place, tensor in self._was.items():
@@ -189,10 +201,28 @@ class _Registered:
         return before
 
     def _written(self, place: Place, tensor: Tensor) -> bool:
-        if version(tensor) != self._versions[tensor]:
+        if not tensor.requires_grad or version(tensor) != self._versions[tensor]:
             return True
-        if place.kind == "_buffers" and self._parts[place.module].training and tensor.is_floating_point():
-            return True  # BatchNorm's statistics change without a new version
         if self._changing is None:
             return has_values(tensor) and not torch.equal(tensor, self._copies[tensor])
         return place in self._changing
+
+
+def copies(tensors: Iterable[Tensor]) -> dict[Tensor, Tensor]:
+    """Copies of tensors; those that share memory share the copy's."""
+    unique = list(dict.fromkeys(tensors))
+    memory = Counter(tensor.untyped_storage().data_ptr() for tensor in unique if has_values(tensor))
+    moved: dict[int, UntypedStorage] = {}
+    found: dict[Tensor, Tensor] = {}
+    with torch.no_grad():
+        for tensor in unique:
+            at = tensor.untyped_storage().data_ptr() if has_values(tensor) else 0
+            if memory[at] > 1:
+                if at not in moved:
+                    moved[at] = tensor.untyped_storage().clone()  # type: ignore[no-untyped-call]
+                copy = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+                copy.set_(moved[at], tensor.storage_offset(), tensor.shape, tensor.stride())
+            else:
+                copy = tensor.detach().clone()
+            found[tensor] = copy.requires_grad_(tensor.requires_grad)
+    return found

@@ -40,12 +40,12 @@ class _Seed(torch.autograd.Function):
 
 
 def cut(outlet: Tensor, *, differentiable: bool) -> tuple[Tensor | None, Tensor]:
-    """Cuts the graph after ``outlet``: this is just ``outlet.detach()``.
+    """Cuts the graph after ``outlet``: this is just ``outlet.detach()``, or a copy that a graph may keep.
 
     Returns:
         the leaf that gathers the gradient from above (``None`` if nobody asks for it), and the tensor to go on with.
     """
-    leaf = outlet.detach()
+    leaf = outlet.clone() if outlet.is_inference() and not torch.is_inference_mode_enabled() else outlet.detach()
     if not (differentiable and outlet.requires_grad):
         return None, leaf
     leaf.requires_grad_()

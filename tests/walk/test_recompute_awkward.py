@@ -157,6 +157,20 @@ def test_blocks_that_checkpoint_themselves_are_as_without(policy: Any, overlap: 
     assert_as_without(net, [1, 2, 3], policy, overlap)
 
 
+def test_modules_that_are_checkpointed_by_hooks_are_as_without() -> None:
+    composable = pytest.importorskip("torch.distributed._composable")
+    net = nn.Sequential(conv(3, 4), *[nn.Sequential(conv(4, 4), nn.Tanh(), PreAct()) for _ in range(2)], conv(4, 4))
+    pair, results = views(), []
+    for policy in (False, True, nn.Conv2d, nn.Tanh):
+        torch.manual_seed(0)
+        model = wrap(copy.deepcopy(net), [1, 2, 3], policy, overlap=0)
+        composable.checkpoint(model.backbone[1])
+        model.local_step(*pair)
+        results.append(gradients(model.backbone))
+    for found in results[1:]:
+        assert_same(found, results[0])
+
+
 class PartlyMine(nn.Module):
     """One function that is checkpointed begins in the middle of what would be a run."""
 
@@ -192,6 +206,57 @@ def test_a_stage_that_ends_inside_of_a_checkpointed_function_is_refused_by_its_n
 
 
 # ---------------------------------------------------------------- state
+
+
+class Momentum(nn.Module):
+    """A frozen copy of the weights that follows them: it equals them at first, so that the first step changes nothing."""
+
+    def __init__(self, every: int = 1, *, by_data: bool = False) -> None:
+        super().__init__()
+        self.conv = conv(4, 4)
+        self.average = copy.deepcopy(self.conv).requires_grad_(False)
+        self.every, self.by_data, self.steps = every, by_data, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and self.steps % self.every == self.every - 1:
+            for ours, theirs in zip(self.average.parameters(), self.conv.parameters(), strict=True):
+                if self.by_data:
+                    ours.data.lerp_(theirs.data, 0.5)
+                else:
+                    with torch.no_grad():
+                        ours.lerp_(theirs, 0.5)
+        return self.conv(x).tanh() * self.average(x)
+
+
+class CountsByData(nn.Module):
+    """A counter in a buffer, written without a new version."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = conv(4, 4)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.counts = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.counts:
+            self.calls.data.add_(1)
+        return self.conv(x).tanh() * (1 + self.calls)
+
+
+class SeenFromTwoSides(nn.Module):
+    """A buffer that is a view of another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = conv(4, 4)
+        self.register_buffer("both", torch.ones(2, 4, 1, 1))
+        self.register_buffer("mean", self.both[0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        with torch.no_grad():
+            self.both.mul_(0.7).add_(x.detach().abs().mean((0, 2, 3)).view(4, 1, 1), alpha=0.3)
+        return (x / (0.1 + self.mean.clone())).tanh()
 
 
 class SharedBuffer(nn.Module):
@@ -269,8 +334,14 @@ class GrowsABuffer(nn.Module):
         lambda: nn.Sequential(conv(4, 4), AverageByData("parameter"), nn.Tanh()),
         NormalisesItsWeight,
         GrowsABuffer,
+        Momentum,
+        lambda: Momentum(by_data=True),
+        SeenFromTwoSides,
     ],
-    ids=["shared buffer", "buffer", "parameter", "by data", "trained weight", "replaced buffer"],
+    ids=[
+        *("shared buffer", "buffer", "parameter", "by data", "trained weight", "replaced buffer", "momentum"),
+        *("momentum by data", "a view"),
+    ],
 )
 @pytest.mark.parametrize("policy", [True, nn.Sequential, lambda module: not list(module.children())])
 def test_registered_state_that_a_forward_changes_is_as_without(block: Callable[[], nn.Module], policy: Any) -> None:
@@ -278,6 +349,141 @@ def test_registered_state_that_a_forward_changes_is_as_without(block: Callable[[
     if callable(policy) and not isinstance(policy, type):
         net[1].add_module("more", conv(4, 4))
     assert_as_without(net, [1, 2, 3], policy, steps=3)
+
+
+@pytest.mark.parametrize("by_data", [False, True])
+@pytest.mark.parametrize("begins", ["in training", "in evaluation"])
+def test_frozen_weights_that_change_every_other_step_are_as_without(by_data: bool, begins: str) -> None:
+    net = nn.Sequential(conv(3, 4), Momentum(2, by_data=by_data), Momentum(2, by_data=by_data), conv(4, 4))
+    plain, again = wrap(net, [1, 2, 3], False), wrap(copy.deepcopy(net), [1, 2, 3], Momentum)
+    again.load_state_dict(plain.state_dict())
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in (plain, again)]
+    for step in range(4):
+        pair = views()
+        for model, optimizer in zip((plain, again), optimizers, strict=True):
+            model.train(begins == "in training" or step > 0)
+            optimizer.zero_grad()
+            model.local_step(*pair)
+            for module in model.modules():
+                if isinstance(module, Momentum):
+                    module.steps += 1
+        assert_same(gradients(again), gradients(plain))
+        for optimizer in optimizers:
+            optimizer.step()
+    assert_same(dict(again.named_parameters()), dict(plain.named_parameters()))
+
+
+def test_a_buffer_that_is_written_from_the_second_step_on_is_as_without() -> None:
+    plain = wrap(nn.Sequential(conv(3, 4), CountsByData(), conv(4, 4)), [0, 1, 2], False)
+    again = wrap(copy.deepcopy(plain.backbone), [0, 1, 2], CountsByData)
+    again.load_state_dict(plain.state_dict())
+    for counts in (False, True, True):
+        pair = views()
+        for model in (plain, again):
+            model.backbone[1].counts = counts
+            model.local_step(*pair)
+    assert_same(gradients(again), gradients(plain))
+    assert plain.backbone[1].calls == again.backbone[1].calls == 2
+
+
+class AddsLast(nn.Module):
+    """Its last operation's weight has its gradient before anything of the module runs again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.last = conv(4, 4), nn.Parameter(torch.zeros(4, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x).tanh().sin() + self.last
+
+
+def test_weights_that_are_stepped_as_soon_as_they_can_be_are_no_reason_to_refuse() -> None:
+    backbone = nn.Sequential(conv(3, 4), AddsLast(), AddsLast(), conv(4, 4))
+    results = []
+    for policy in (False, AddsLast):
+        torch.manual_seed(0)
+        model = wrap(copy.deepcopy(backbone), [1, 2, 3], policy)
+        optimizers = {weight: torch.optim.SGD([weight], lr=0.5) for weight in model.parameters()}
+
+        def final(weight: Tensor, optimizers: dict[Tensor, torch.optim.SGD] = optimizers) -> None:
+            optimizers[weight].step()
+            optimizers[weight].zero_grad()
+
+        for weight in model.parameters():
+            weight.register_post_accumulate_grad_hook(final)
+        for _ in range(3):
+            model.local_step(*views())
+        results.append(dict(model.named_parameters()))
+    assert_same(results[1], results[0])
+
+
+class Attends(nn.Module):
+    """Attention, which looks whether query, key and value are one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(2).transpose(1, 2)
+        mixed, _ = self.attention(tokens, tokens, tokens, need_weights=False)
+        return x + mixed.transpose(1, 2).reshape(x.shape).sin()
+
+
+@pytest.mark.parametrize(
+    "policy", [nn.MultiheadAttention, (Attends, nn.MultiheadAttention), (True, nn.MultiheadAttention)]
+)
+def test_one_tensor_that_is_given_three_times_stays_one(policy: Any) -> None:
+    assert_as_without(nn.Sequential(conv(3, 4), Attends(), Attends(), conv(4, 4)), [1, 2, 3], policy)
+
+
+@pytest.mark.parametrize("kind", ["looks", "changes", "before", "backward"])
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+def test_hooks_of_all_modules_see_what_they_would_see(kind: str) -> None:
+    net = nn.Sequential(conv(3, 4), nn.BatchNorm2d(4), nn.Tanh(), conv(4, 4), nn.BatchNorm2d(4), nn.Tanh(), conv(4, 4))
+    seen: list[float] = []
+
+    def output(module: nn.Module, args: Any, output: Any) -> Any:
+        if isinstance(module, nn.BatchNorm2d | nn.Tanh):
+            seen.append(float(output.detach().sum()))
+            return output * 2 if kind == "changes" else None
+        return None
+
+    def before(module: nn.Module, args: Any) -> None:
+        if isinstance(module, nn.BatchNorm2d | nn.Tanh):
+            seen.append(float(args[0].detach().sum()))
+
+    def backward(module: nn.Module, grad_input: Any, grad_output: Any) -> None:
+        if isinstance(module, nn.BatchNorm2d | nn.Tanh):
+            seen.append(float(grad_output[0].sum()))
+
+    register = {
+        "before": lambda: nn.modules.module.register_module_forward_pre_hook(before),
+        "backward": lambda: nn.modules.module.register_module_full_backward_hook(backward),
+    }.get(kind, lambda: nn.modules.module.register_module_forward_hook(output))
+    results, pair = [], views()
+    for policy in (False, True):
+        model = LocalWrapper(
+            copy.deepcopy(net), [2, 5, 6], decoder=lambda c: nn.Flatten(), example=pair[0], checkpoint=policy
+        )
+        seen.clear()
+        with register():
+            model.local_step(*pair)
+        results.append((list(seen), gradients(model)))
+    assert results[0][0]
+    assert results[1][0] == pytest.approx(results[0][0])
+    assert_same(results[1][1], results[0][1])
+
+
+@pytest.mark.parametrize("policy", [True, nn.Conv2d])
+def test_a_submodule_that_is_gone_is_told(policy: Any) -> None:
+    net = nn.Sequential(conv(3, 4), nn.Sequential(conv(4, 4), nn.Tanh(), conv(4, 4), nn.Tanh()), conv(4, 4))
+    model = wrap(net, [0, 1, 2], policy)
+    net[1] = nn.Sequential(conv(4, 4))
+    with pytest.raises(
+        ValueError, match=r"has no submodule '1.[12]' any more, as it had when it was wrapped. Wrap it again"
+    ):
+        model.local_step(*views())
 
 
 class Masked(nn.Module):

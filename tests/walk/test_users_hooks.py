@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
@@ -160,14 +161,13 @@ CONTEXTS: dict[str, Callable[[bool], AbstractContextManager[object]]] = {
     "set_grad_enabled": lambda training: torch.set_grad_enabled(False),
     "not in evaluation": lambda training: torch.set_grad_enabled(not training),
     "only in training": lambda training: torch.no_grad() if training else nullcontext(),
+    "always, only in training": lambda training: torch.enable_grad() if training else nullcontext(),
     "only in evaluation": torch.set_grad_enabled,
     "always": lambda training: torch.enable_grad(),
 }
 
 
-@pytest.mark.parametrize(
-    "context", ["no_grad", "set_grad_enabled", "only in evaluation", "not in evaluation", "always"]
-)
+@pytest.mark.parametrize("context", CONTEXTS)
 @pytest.mark.parametrize(
     "plan",
     [
@@ -188,6 +188,62 @@ def test_a_context_that_spans_a_cut_leaves_the_next_stage_its_gradient(context: 
     assert_same(gradients(model), expected)
 
 
+class SpansTwo(Chain):
+    """Runs two stages without gradients, or with, when it trains."""
+
+    def __init__(self, context: Callable[[], AbstractContextManager[object]]) -> None:
+        super().__init__()
+        self.d, self.context = conv(4, 4), context
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(self.stem(x))
+        with self.context() if self.training else nullcontext():
+            x = self.c(self.b(x))
+        return self.d(x)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.enable_grad, partial(torch.set_grad_enabled, False)])
+@pytest.mark.parametrize(
+    "units",
+    [
+        [Unit(0, 0), Unit(2, 3)],
+        [Unit(2, 2)],
+        [Unit(2, 3)],
+        [Unit(3, 3)],
+        [Unit(0, 3, [0, 3])],
+        [Unit(1, 1), Unit(3, 3)],
+    ],
+    ids=str,
+)
+def test_a_context_over_two_stages_is_as_in_plain_training(context: Any, units: list[Unit]) -> None:
+    model, pair = wrap(SpansTwo(context), ["a", "b", "c", "d"], plan=Plan(4, units)), views()
+    expected = oracle(model, *pair)[1]
+    model.local_step(*pair)
+    assert_same(gradients(model), expected)
+
+
+class InInference(Chain):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.inference_mode():
+            x = self.a(self.stem(x))
+        return self.c(self.b(x.clone()))
+
+
+@pytest.mark.parametrize("overlap", [0, 1])
+@pytest.mark.parametrize("checkpoint", [False, nn.Conv2d])
+def test_a_decoder_at_a_cut_in_inference_mode_is_trained(overlap: int, checkpoint: Any) -> None:
+    net = InInference()
+    plain = copy.deepcopy(net)
+    model, pair = wrap(net, ["stem", "a", "c"], overlap=overlap, checkpoint=checkpoint), views()
+    model.local_step(*pair)
+    features = plain.a(plain.stem(torch.cat(pair))).detach()
+    decoders = copy.deepcopy(model.decoders)
+    decoders.zero_grad()
+    model.loss(*decoders[1 - overlap](features).chunk(2)).backward()
+    assert_same(gradients(model.decoders[1 - overlap]), gradients(decoders[1 - overlap]))
+    assert net.stem.weight.grad is None
+
+
 class NoGradAbove(Chain):
     """Runs its second stage without gradients, though a unit wants to train it."""
 
@@ -205,13 +261,6 @@ def test_what_the_backbone_runs_without_gradients_gets_none(overlap: int) -> Non
     model.local_step(*pair)
     assert_same(gradients(model), expected)
     assert model.backbone.b.weight.grad is None
-
-
-def test_a_context_that_spans_a_cut_in_training_only_is_refused_where_it_would_cost_gradients() -> None:
-    model = wrap(NoGrad(CONTEXTS["only in training"]), ABC, plan=Plan(3, [Unit(1, 2)]))
-    with pytest.raises(RuntimeError, match=r"spans the cut before it \('a'\) in this mode. Move the cut out of it"):
-        model.local_step(*views())
-    wrap(NoGrad(CONTEXTS["only in training"]), ABC).local_step(*views())
 
 
 def test_the_mode_of_the_caller_is_the_same_after_a_pass() -> None:
