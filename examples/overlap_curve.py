@@ -154,7 +154,7 @@ def read_out(setting: Setting, model: LocalWrapper, images: Images) -> dict[str,
         logistic_regression(vectors, known_labels, others, held_out_labels)
         for vectors, others in zip(known, held_out, strict=True)
     ]
-    return {"accuracy": stages[-1], "stages": stages, "units_accuracy": own_accuracies(model, images)}
+    return {"accuracy": stages[-1], "stages_accuracy": stages, "units_accuracy": own_accuracies(model, images)}
 
 
 @torch.no_grad()

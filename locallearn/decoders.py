@@ -92,7 +92,7 @@ class MLPDecoder(nn.Module):
             vectors = reduce(features, "n c ... -> n c", "mean")
         else:
             fits = features.ndim == 4 and features.shape[1] == self.channels
-            _check(self, features, f"(N, {self.channels}, H, W), for grid={self.grid},", fits)
+            _check(self, features, f"(N, {self.channels}, H, W) with grid={self.grid}", fits)
             vectors = F.adaptive_avg_pool2d(features, self.grid).flatten(1)  # (N, C * grid * grid)
         result: Tensor = self.mlp(vectors)
         return result
