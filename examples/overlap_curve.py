@@ -9,11 +9,13 @@ one, a few minutes a run on one core; `--preset gpu-short` is between (written f
 
     python examples/overlap_curve.py --data data/cifar10.npz --threads 1            # start it twice: two runs at a time
     python examples/overlap_curve.py --data cifar10 --download --preset gpu --jobs 4    # four runs share the card
+    python examples/overlap_curve.py --times 20 --threads 1                         # what a step takes, row by row in turn
     python examples/overlap_curve.py --report docs/reproduce/overlap_curve.jsonl    # table and figure of finished runs
 
 Each run has a directory, `--out/CURVE/ROW/seed-K`, with run.json, log.jsonl and checkpoints (as pretrain.py's: linear_eval.py and
 figures.py read it). Stopped or killed at any moment, the same command goes on, and on a CPU a run ends with the same bits.
-A finished run is one line of results.jsonl; overlap_curve.png and overlap_curve.md are made of nothing else.
+A finished run is one line of results.jsonl, a row's time one of times.jsonl; overlap_curve.png and overlap_curve.md are made of
+nothing else.
 """
 
 from __future__ import annotations
@@ -21,8 +23,10 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import asdict, replace
@@ -276,6 +280,51 @@ def machine(on: torch.device) -> str:
     return names[0].partition(": ")[2] if names else platform.processor() or "cpu"
 
 
+def time_steps(curve: Curve, images: Images, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """What a step takes in each row, the median of `--times`: the rows in turn, so that all see the same moods of the machine.
+
+    On a CPU it is this process's CPU time, which others at work disturb less; on a GPU the clock's.
+    """
+    setting = curve.setting
+    images = first(images, setting)
+    trainings = {
+        row: new_training(Job(curve.name, setting, row, 0), images, 1000, args.device)
+        for row in curve.rows
+        if row != START
+    }
+    supervised = setting.task == "supervised"
+    views = [
+        torch.rand(setting.batch_size, 3, images.size, images.size, device=args.device) for _ in range(2 - supervised)
+    ]
+    views = [pixels.contiguous(memory_format=torch.channels_last) for pixels in views]
+    labels = images.train_labels[: setting.batch_size].to(args.device) if supervised else None
+    took: dict[str, list[float]] = {row: [] for row in trainings}
+    for _ in range(args.times + 2):  # the first two are not counted
+        for row, training in trainings.items():
+            start = clock(args.device)
+            training.model.local_step(*views, targets=labels)
+            training.update()
+            took[row].append(clock(args.device) - start)
+    on = f"{machine(args.device)}, {torch.get_num_threads()} threads, {platform.machine()}"
+    return [
+        {
+            "curve": curve.name,
+            "row": row,
+            "step_ms": 1e3 * statistics.median(seconds[2:]),
+            "steps": args.times,
+            "machine": on,
+        }
+        for row, seconds in took.items()
+    ]
+
+
+def clock(on: torch.device) -> float:
+    if on.type != "cuda":
+        return time.process_time()
+    torch.cuda.synchronize(on)
+    return time.perf_counter()
+
+
 # -------------------------------------------------------------------------------------------------- table and figure
 
 
@@ -289,7 +338,11 @@ def gather(out: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def report(lines: Sequence[dict[str, Any]], out: Path) -> None:
+def report(paths: Sequence[Path], out: Path) -> None:
+    """Of all lines in these files, of results and of times."""
+    lines = [json.loads(line) for path in paths if path.is_file() for line in path.read_text().splitlines()]
+    if not any("accuracy" in line for line in lines):
+        raise DataError(f"there is no finished run in {' or '.join(map(str, paths))}")
     out.mkdir(parents=True, exist_ok=True)
     write(out / "overlap_curve.md", lambda path: path.write_text(markdown(lines)))
     write(out / "overlap_curve.png", partial(draw_curves, lines))
@@ -302,8 +355,7 @@ def report(lines: Sequence[dict[str, Any]], out: Path) -> None:
 
 def run(args: argparse.Namespace, argv: list[str]) -> int:
     if args.report:
-        lines = [json.loads(line) for line in args.report.read_text().splitlines()]
-        report(lines, args.out or args.report.parent)
+        report(args.report, args.out or args.report[0].parent)
         return 0
     args.out = args.out or Path("runs/overlap_curve")
     if args.jobs > 1:
@@ -314,7 +366,17 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
     images = load(args.data, args.data_dir, args.download)
     if not isinstance(images, Images):
         raise DataError(f"{images.name} is too large to be held in memory, as this needs it")
-    grid = list(jobs(chosen(args)))
+    curves = chosen(args)
+    if args.times:
+        lines = [line for curve in curves for line in time_steps(curve, images, args)]
+        args.out.mkdir(parents=True, exist_ok=True)
+        write(
+            args.out / "times.jsonl", lambda path: path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        )
+        for line in lines:
+            print(f"{line['curve']}/{line['row']}: {line['step_ms']:.0f} ms")
+        return 0
+    grid = list(jobs(curves))
     with interruptible() as asked:
         for job in grid:
             with claimed(args.out / job.place) as mine:
@@ -323,10 +385,8 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
             if asked():
                 print("\nstopped and saved; the same command goes on", file=sys.stderr)
                 return 130
-    lines = gather(args.out)
-    print(f"{len(lines)} runs are finished; of this grid {len(grid)} are asked for")
-    if lines:
-        report(lines, args.out)
+    print(f"{len(gather(args.out))} runs are finished; of this grid {len(grid)} are asked for")
+    report([args.out / "results.jsonl", args.out / "times.jsonl"], args.out)
     return 0
 
 
@@ -376,7 +436,9 @@ def parser() -> Parser:
     add("--download", action="store_true", help="download the data set to --data-dir if it is not there")
     add("--preset", choices=list(PRESETS), default="cpu", help="which curves, of what size (%(default)s)")
     add("--curves", nargs="+", metavar="NAME", help="only these of the preset's")
-    add("--rows", nargs="+", metavar="ROW", help="only these: overlaps, start (untrained), both (overlaps 0 and 1)")
+    add(
+        "--rows", nargs="+", metavar="ROW", help="only these: overlaps, start, both, upper, deep; see curves/presets.py"
+    )
     add("--seeds", nargs="+", type=at_least(0), metavar="N", help="in place of the preset's")
     add("--images", type=at_least(1), metavar="N", help="to train on, in place of the preset's")
     add("--held-out", type=at_least(1), metavar="N", help="to read out on, in place of the preset's")
@@ -386,7 +448,8 @@ def parser() -> Parser:
     add("--device", type=device, help="cpu, cuda, cuda:1, ... (cuda where there is one)")
     add("--threads", type=at_least(1), metavar="N", help="of the CPU, for each run (torch's choice)")
     add("--commit", metavar="HASH", help="to be noted in the results, where this script lies outside of its repository")
-    add("--report", type=Path, metavar="JSONL", help="train nothing: table and figure of these results")
+    add("--times", type=at_least(1), metavar="N", help="train nothing: the time of N steps of each row, to times.jsonl")
+    add("--report", type=Path, nargs="+", metavar="JSONL", help="train nothing: table and figure of these lines")
     add("--out", type=Path, metavar="DIR", help="where the runs go (runs/overlap_curve)")
     return result
 

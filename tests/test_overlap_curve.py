@@ -33,7 +33,7 @@ from PIL import Image
 from pretraining import runs
 from pretraining.training import Training
 
-from locallearn import MLPDecoder, Plan
+from locallearn import MLPDecoder, Plan, UpperOnly
 from locallearn.measure import measure
 
 ROOT = Path(__file__).parent.parent
@@ -280,7 +280,6 @@ def test_memory_grows_with_the_overlap_and_falls_with_recomputation() -> None:
 def test_curves_of_the_presets_are_cut_into_as_many_stages_as_their_plans_have(curve: Curve) -> None:
     assert len(curve.setting.names) == curve.setting.stages
     assert all(presets.plan_of(row, curve.setting.stages).stages == curve.setting.stages for row in curve.rows)
-    assert str(curve.setting.stages - 1) in curve.rows
     assert (curve.seeds == (presets.PILOT,)) == curve.name.startswith("pilot-")
     backbone = curve.setting.backbone(32)
     assert all(backbone.get_submodule(name) is not None for name in curve.setting.names)
@@ -289,6 +288,8 @@ def test_curves_of_the_presets_are_cut_into_as_many_stages_as_their_plans_have(c
 def test_rows_that_are_no_overlap() -> None:
     assert presets.plan_of(BOTH, 4) == Plan.hierarchical(4)
     assert presets.plan_of("2", 4) == Plan.windows(4, 2)
+    assert presets.plan_of("upper", 4) == UpperOnly().plan(4, 1)
+    assert presets.plan_of("deep", 4) == Plan.deep_supervision(4)
     with pytest.raises(ValueError, match="resnet18 has 4 stages here; got stages=5"):
         _ = replace(SETTING, arch="resnet18", stages=5).names
 
@@ -323,11 +324,27 @@ def test_what_was_not_run_stays_empty_in_the_table() -> None:
     assert (greedy[6], greedy[8], whole[8]) == ("100", "33", "8")  # (150 - 100) / 2 images more than a batch of 8
 
 
+def test_times_are_measured_row_by_row_and_stand_in_the_table_beside_results(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert overlap_curve.main(arguments(tiny, tmp_path, "--times", "2", "--curves", "labels")) == 0
+    times = [json.loads(text) for text in (tmp_path / "times.jsonl").read_text().splitlines()]
+    assert [(one["curve"], one["row"], one["steps"]) for one in times] == [
+        ("labels", row, 2) for row in ("0", "2", BOTH)
+    ]
+    assert all(one["step_ms"] > 0 for one in times)
+    assert f"labels/0: {times[0]['step_ms']:.0f} ms" in capsys.readouterr().out
+    table = results.markdown([line("0", 0, 0.4), line("1", 0, 0.4), {"curve": "labels", "row": "1", "step_ms": 41.6}])
+    assert [row.split("|")[-2].strip() for row in table.splitlines() if row.startswith("| ")] == ["ms", "", "42"]
+
+
 def test_the_report_needs_nothing_but_lines_of_results(tmp_path: Path) -> None:
-    found = [line(row, seed, 0.3 + 0.1 * seed) for row in ("0", "1", "2") for seed in (0, 1)]
+    found = [line(row, seed, 0.3 + 0.1 * seed) for row in ("0", "1", "2", "upper", "deep") for seed in (0, 1)]
     found += [line("0", 0, 0.2, curve="one"), line("0", 0, 0.2, curve="alone")]
-    (tmp_path / "lines.jsonl").write_text("".join(json.dumps(one) + "\n" for one in found))
-    assert overlap_curve.main(["--report", str(tmp_path / "lines.jsonl"), "--out", str(tmp_path / "page")]) == 0
+    files = [tmp_path / "some.jsonl", tmp_path / "others.jsonl"]
+    for path, part in zip(files, (found[:3], found[3:]), strict=True):
+        path.write_text("".join(json.dumps(one) + "\n" for one in part))
+    assert overlap_curve.main(["--report", *map(str, files), "--out", str(tmp_path / "page")]) == 0
     assert "| 1 |" in (tmp_path / "page/overlap_curve.md").read_text()
     assert (tmp_path / "page/overlap_curve.png").stat().st_size > 10_000
 
@@ -337,7 +354,7 @@ def test_the_report_needs_nothing_but_lines_of_results(tmp_path: Path) -> None:
     [
         (["--curves", "nonsense"], "--preset cpu has no curve nonsense; it has labels, views"),
         (["--batch-size", "41", "--curves", "views"], "tiny has 40 images to train on: too few for a batch of 41"),
-        (["--report", "no.jsonl"], "cannot read or write no.jsonl"),
+        (["--report", "no.jsonl"], "there is no finished run in no.jsonl"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(

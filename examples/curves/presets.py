@@ -12,10 +12,12 @@ from typing import Literal
 from backbones import ARCHITECTURES, CIFAR_DEPTHS
 from torch import nn
 
-from locallearn import Plan
+from locallearn import Plan, UpperOnly
 from locallearn.models import resnet_cifar_stages
 
-START, BOTH = "start", "both"  # rows beside the overlaps: nothing trained; overlaps 0 and 1 together
+# rows beside the overlaps: nothing trained; HPFF's overlaps 0 and 1 together; overlap 1 of which only the upper loss updates
+# a shared stage, as Interlocking Backprop's pairwise mode; deep supervision
+START, BOTH, UPPER, DEEP = "start", "both", "upper", "deep"
 PILOT = 100  # the pilots' seed
 
 
@@ -78,10 +80,13 @@ class Job:
 
 
 def plan_of(row: str, stages: int) -> Plan:
-    """The plan of a row: an overlap as it is written, or "both"."""
+    """The plan of a row: an overlap as it is written, or one of the names above."""
     if row == START:
         return Plan.end_to_end(stages)  # never trained
-    return Plan.hierarchical(stages) if row == BOTH else Plan.windows(stages, int(row))
+    if row == UPPER:
+        return UpperOnly().plan(stages, overlap=1)
+    named = {BOTH: Plan.hierarchical, DEEP: Plan.deep_supervision}
+    return named[row](stages) if row in named else Plan.windows(stages, int(row))
 
 
 def jobs(curves: tuple[Curve, ...]) -> Iterator[Job]:
@@ -105,12 +110,15 @@ SEEDS = (0, 1, 2)
 CPU = (
     Curve("pilot-supervised-9", BLOCKS, _overlaps(0, 1, 8), (PILOT,)),
     Curve("pilot-supervised-9-conv", replace(BLOCKS, decoder="conv"), _overlaps(0, 1, 8), (PILOT,)),
-    Curve("pilot-supervised-4", THIRDS, _overlaps(0, 1, 3), (PILOT,)),
-    Curve("pilot-supervised-4-conv", replace(THIRDS, decoder="conv"), _overlaps(0, 1, 3), (PILOT,)),
     Curve("supervised-9", BLOCKS, (*_overlaps(0, 8, 1, 2, 4, start=True), BOTH), SEEDS),
-    Curve("supervised-4", THIRDS, (*_overlaps(0, 3, 1, 2, start=True), BOTH), SEEDS),
+    Curve("pilot-supervised-4", THIRDS, _overlaps(0, 3), (PILOT,)),
+    Curve("pilot-supervised-4-conv", replace(THIRDS, decoder="conv"), _overlaps(0, 3), (PILOT,)),
+    Curve("supervised-4", THIRDS, (*_overlaps(0, 3, 1, 2), BOTH), SEEDS),
     Curve("contrastive-6", VIEWS, _overlaps(0, 5, 1, 2, start=True), SEEDS),
     Curve("contrastive-6-conv", replace(VIEWS, decoder="conv"), _overlaps(0, 5, 1, 2), SEEDS),
+    Curve("supervised-9", BLOCKS, (UPPER, DEEP), SEEDS),
+    Curve("supervised-9-1c2f", replace(BLOCKS, decoder="1c2f"), (*_overlaps(0, 8, 1), BOTH), SEEDS),
+    Curve("contrastive-6-grid", replace(VIEWS, decoder="grid"), _overlaps(0, 5, 1), SEEDS),
     Curve("contrastive-9", replace(BLOCKS, task="contrastive"), _overlaps(0, 8, 1, 2, 4, start=True), SEEDS),
     Curve("supervised-9-conv", replace(BLOCKS, decoder="conv"), (*_overlaps(0, 8, 1, 2, 4), BOTH), SEEDS),
     Curve("supervised-9-longer", replace(BLOCKS, epochs=20), (*_overlaps(0, 8, 1, 2, 4), BOTH), SEEDS),

@@ -12,9 +12,15 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import t
 
-from curves.presets import BOTH, START
+from curves.presets import BOTH, DEEP, START, UPPER
 
 GREEDY = "0"
+NAMES = {
+    START: "random start",
+    BOTH: "0 and 1 together",
+    UPPER: "1, upper loss only",
+    DEEP: "all losses reach down",
+}
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,7 @@ class Point:
     peak_per_image: float
     peak_recomputed: int
     flops: int
+    step_ms: float | None = None
 
     @property
     def mean(self) -> float:
@@ -48,10 +55,8 @@ class Point:
 
     @property
     def name(self) -> str:
-        if self.row == START:
-            return "random start"
-        if self.row == BOTH:
-            return "0 and 1 together"
+        if self.row in NAMES:
+            return NAMES[self.row]
         note = " (greedy)" if self.row == GREEDY else " (end to end)" if self.end_to_end else ""
         return f"{self.row}{note}"
 
@@ -59,8 +64,10 @@ class Point:
 def points(lines: Sequence[dict[str, Any]]) -> dict[str, list[Point]]:
     """By curve, each from the random start over greedy training to end to end, then what is no single overlap."""
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    times = {(line["curve"], line["row"]): line["step_ms"] for line in lines if "step_ms" in line}
     for line in lines:
-        found.setdefault((line["curve"], line["row"]), []).append(line)
+        if "accuracy" in line:
+            found.setdefault((line["curve"], line["row"]), []).append(line)
     curves: dict[str, list[Point]] = {}
     for (curve, row), runs in found.items():
         one = runs[0]
@@ -76,10 +83,11 @@ def points(lines: Sequence[dict[str, Any]]) -> dict[str, list[Point]]:
             one["peak_bytes_per_image"],
             one["peak_bytes_recomputed"],
             one["flops"],
+            times.get((curve, row)),
         )
         curves.setdefault(curve, []).append(point)
     for rows in curves.values():
-        rows.sort(key=lambda point: (point.row != START, point.row == BOTH, point.overlap or 0))
+        rows.sort(key=lambda point: (point.row != START, point.overlap is None, point.overlap or 0, point.row))
     return curves
 
 
@@ -109,7 +117,7 @@ def cells(rows: Sequence[Point]) -> tuple[list[str], list[list[str]]]:
     greedy = next((row for row in rows if row.row == GREEDY), None)
     whole = next((row for row in rows if row.end_to_end and row.row != START), None)
     headings = ["overlap", "units", *(f"seed {seed}" for seed in seeds), "mean", "more than greedy, 95 %"]
-    headings += ["peak, MB", "recomputed, MB", "largest batch", "GFLOP"]
+    headings += ["peak, MB", "recomputed, MB", "largest batch", "GFLOP", "ms"]
     lines = []
     for row in rows:
         trained = row.row != START
@@ -121,13 +129,14 @@ def cells(rows: Sequence[Point]) -> tuple[list[str], list[list[str]]]:
         line += [f"{row.peak / 1e6:.0f}", f"{row.peak_recomputed / 1e6:.0f}"] if trained else ["", ""]
         line.append(str(batch_in(whole.peak, row)) if trained and whole else "")
         line.append(f"{row.flops / 1e9:.0f}" if trained else "")
+        line.append("" if row.step_ms is None else f"{row.step_ms:.0f}")
         lines.append(line)
     return headings, lines
 
 
 def heading(lines: Sequence[dict[str, Any]], curve: str) -> str:
     """What a curve's rows share, in a sentence."""
-    one = next(line for line in lines if line["curve"] == curve)
+    one = next(line for line in lines if line["curve"] == curve and "accuracy" in line)
     return (
         f"{curve}: {one['arch']} in {len(one['stages'])} stages, {one['task']}, {one['decoder']} decoders; "
         f"{one['images']:,} images of {one['data']}, {one['epochs']} epochs of batch {one['batch_size']}"
@@ -156,11 +165,12 @@ def show(lines: Sequence[dict[str, Any]]) -> None:
         for line in body:
             table.add_row(*line)
         console.print(table)
-    held_out = sorted({line["held_out"] for line in lines})
+    held_out = sorted({line["held_out"] for line in lines if "accuracy" in line})
     console.print(
         f"Linear read-out of the top stage on {' or '.join(map(str, held_out))} held-out images, %; ± standard deviation over "
         "seeds, and half of the 95 % interval of the difference seed by seed. Peak: counted bytes of a step beside weights and "
-        "gradients; recomputed: with checkpoint=True, whose accuracy is the same. Largest batch: in the peak of end to end.",
+        "gradients; recomputed: with checkpoint=True, whose accuracy is the same. Largest batch: in the peak of end to end. "
+        "GFLOP and ms: of a step.",
         style="dim",
         highlight=False,
     )

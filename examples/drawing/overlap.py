@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from curves.presets import BOTH, START
-from curves.results import Point, heading, points
+from curves.presets import BOTH, DEEP, START, UPPER
+from curves.results import NAMES, Point, heading, points
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
@@ -15,6 +15,7 @@ from drawing.charts import new_figure
 from drawing.figure_style import FAINT, INK, METHODS, quiet
 
 ACROSS = 2  # panels side by side
+OTHERS = {BOTH: "D", UPPER: "s", DEEP: "^"}  # the marks of what is no single overlap
 
 
 def draw_curves(lines: Sequence[dict[str, Any]], path: Path) -> None:
@@ -32,18 +33,20 @@ def draw_curves(lines: Sequence[dict[str, Any]], path: Path) -> None:
             panel.set_title(f"{setting.partition(': ')[2]}\n{rest}", fontsize=9, fontweight="normal")
         for panel in panels[len(curves) :]:
             panel.set_visible(False)
+        end_to_end, others = METHODS["SimCLR"], METHODS["Greedy InfoMax"]
+        drawn = {row.row for rows in curves.values() for row in rows}
         key = [
             Line2D([], [], color=METHODS["LoCo"], marker="o", label="one overlap"),
-            Line2D(
-                [], [], color=METHODS["Greedy InfoMax"], marker="D", linestyle="", label="overlaps 0 and 1 together"
+            *(
+                Line2D([], [], color=others, marker=mark, linestyle="", label=NAMES[row])
+                for row, mark in OTHERS.items()
+                if row in drawn
             ),
-            Line2D([], [], color=METHODS["SimCLR"], marker="o", linestyle="", label="end to end"),
-            Line2D(
-                [], [], color=METHODS["SimCLR"], marker="o", linestyle="", mfc="white", label="end to end, recomputed"
-            ),
+            Line2D([], [], color=end_to_end, marker="o", linestyle="", label="end to end"),
+            Line2D([], [], color=end_to_end, marker="o", linestyle="", mfc="white", label="end to end, recomputed"),
             Line2D([], [], color=FAINT, linestyle=(0, (4, 3)), label="random start"),
         ]
-        figure.legend(handles=key, loc="outside lower left", ncols=len(key) if across > 1 else 2, frameon=False)
+        figure.legend(handles=key, loc="outside lower left", ncols=4 if across > 1 else 2, frameon=False)
 
 
 def _panel(panel: Axes, rows: Sequence[Point]) -> None:
@@ -54,17 +57,17 @@ def _panel(panel: Axes, rows: Sequence[Point]) -> None:
         if row.row == START:
             panel.axhline(row.mean, color=FAINT, linewidth=1, linestyle=(0, (4, 3)))
             continue
-        whole = row.end_to_end and row.row != BOTH
-        colour = METHODS["SimCLR" if whole else "Greedy InfoMax" if row.row == BOTH else "LoCo"]
-        mark = {"fmt": "D" if row.row == BOTH else "o", "color": colour, "markersize": 7, "capsize": 3, "zorder": 3}
+        whole, other = row.end_to_end, row.row in OTHERS
+        colour = METHODS["SimCLR" if whole else "Greedy InfoMax" if other else "LoCo"]
+        mark = {"fmt": OTHERS.get(row.row, "o"), "color": colour, "markersize": 7, "capsize": 3, "zorder": 3}
         peak, seeds = row.peak / 1e6, list(row.accuracies.values())
         panel.errorbar(peak, row.mean, yerr=row.spread, **mark)
         panel.plot([peak] * len(seeds), seeds, ".", color=colour, markersize=4, alpha=0.5, markeredgewidth=0)
         if whole:
             panel.errorbar(row.peak_recomputed / 1e6, row.mean, yerr=row.spread, **mark, mfc="white")
-        below = row.row == BOTH
-        at = {"xytext": (8, -12 if below else 6), "textcoords": "offset points", "fontsize": 9}
-        panel.annotate("0 and 1" if below else str(row.overlap), (peak, row.mean), color=INK, **at)
+        if not other:
+            at = {"xytext": (8, 6), "textcoords": "offset points", "fontsize": 9}
+            panel.annotate(row.row, (peak, row.mean), color=INK, **at)
     panel.set_xlabel("peak memory of a step, MB")
     panel.set_ylabel("linear read-out, %")
     panel.set_xlim(left=0)
