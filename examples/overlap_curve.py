@@ -338,9 +338,10 @@ def gather(out: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def report(paths: Sequence[Path], out: Path) -> None:
-    """Of all lines in these files, of results and of times."""
-    lines = [json.loads(line) for path in paths if path.is_file() for line in path.read_text().splitlines()]
+def report(paths: Sequence[Path], curves: Sequence[str] | None, out: Path) -> None:
+    """Of all lines in these files, of results and of times; of some curves or all."""
+    found = [json.loads(line) for path in paths if path.is_file() for line in path.read_text().splitlines()]
+    lines = [line for line in found if not curves or line["curve"] in curves]
     if not any("accuracy" in line for line in lines):
         raise DataError(f"there is no finished run in {' or '.join(map(str, paths))}")
     out.mkdir(parents=True, exist_ok=True)
@@ -355,7 +356,7 @@ def report(paths: Sequence[Path], out: Path) -> None:
 
 def run(args: argparse.Namespace, argv: list[str]) -> int:
     if args.report:
-        report(args.report, args.out or args.report[0].parent)
+        report(args.report, args.curves, args.out or args.report[0].parent)
         return 0
     args.out = args.out or Path("runs/overlap_curve")
     if args.jobs > 1:
@@ -386,7 +387,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
                 print("\nstopped and saved; the same command goes on", file=sys.stderr)
                 return 130
     print(f"{len(gather(args.out))} runs are finished; of this grid {len(grid)} are asked for")
-    report([args.out / "results.jsonl", args.out / "times.jsonl"], args.out)
+    report([args.out / "results.jsonl", args.out / "times.jsonl"], args.curves, args.out)
     return 0
 
 

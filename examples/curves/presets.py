@@ -18,7 +18,7 @@ from locallearn.models import resnet_cifar_stages
 # rows beside the overlaps: nothing trained; HPFF's overlaps 0 and 1 together; overlap 1 of which only the upper loss updates
 # a shared stage, as Interlocking Backprop's pairwise mode; deep supervision
 START, BOTH, UPPER, DEEP = "start", "both", "upper", "deep"
-PILOT = 100  # the pilots' seed
+PILOT = 100  # the pilots' seed; their curves' names begin with "pilot-"
 
 
 @dataclass(frozen=True)

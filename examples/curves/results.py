@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import t
 
-from curves.presets import BOTH, DEEP, START, UPPER
+from curves.presets import BOTH, DEEP, PRESETS, START, UPPER
 
 GREEDY = "0"
 NAMES = {
@@ -62,7 +62,7 @@ class Point:
 
 
 def points(lines: Sequence[dict[str, Any]]) -> dict[str, list[Point]]:
-    """By curve, each from the random start over greedy training to end to end, then what is no single overlap."""
+    """By curve, as the presets list them, pilots last; each from the random start to end to end, then what is no overlap."""
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     times = {(line["curve"], line["row"]): line["step_ms"] for line in lines if "step_ms" in line}
     for line in lines:
@@ -88,7 +88,13 @@ def points(lines: Sequence[dict[str, Any]]) -> dict[str, list[Point]]:
         curves.setdefault(curve, []).append(point)
     for rows in curves.values():
         rows.sort(key=lambda point: (point.row != START, point.overlap is None, point.overlap or 0, point.row))
-    return curves
+    listed = [curve.name for preset in PRESETS.values() for curve in preset]
+    places = {name: (is_pilot(name), listed.index(name) if name in listed else len(listed), name) for name in curves}
+    return {name: curves[name] for name in sorted(curves, key=places.__getitem__)}
+
+
+def is_pilot(curve: str) -> bool:
+    return curve.startswith("pilot-")
 
 
 def difference(ours: Point, base: Point) -> tuple[float, float | None] | None:

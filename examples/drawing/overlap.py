@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from curves.presets import BOTH, DEEP, START, UPPER
-from curves.results import NAMES, Point, heading, points
+from curves.results import NAMES, Point, heading, is_pilot, points
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
@@ -19,8 +19,9 @@ OTHERS = {BOTH: "D", UPPER: "s", DEEP: "^"}  # the marks of what is no single ov
 
 
 def draw_curves(lines: Sequence[dict[str, Any]], path: Path) -> None:
-    """`lines`: of results.jsonl."""
-    curves = points(lines)
+    """`lines`: of results.jsonl; pilots are drawn where there is nothing else."""
+    found = points(lines)
+    curves = {name: rows for name, rows in found.items() if not is_pilot(name)} or found
     across = min(ACROSS, len(curves))
     down = -(-len(curves) // across)
     with new_figure(
