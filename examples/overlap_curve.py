@@ -23,22 +23,20 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
-from copy import deepcopy
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from command_line import Parser, at_least, device, write
 from curves.claims import alone, claimed
-from curves.presets import PRESETS, START, Curve, Job, Setting, jobs, plan_of
+from curves.costs import costs, machine, time_steps
+from curves.network import first, new_training
+from curves.presets import PRESETS, START, Curve, Job, Setting, jobs
 from curves.results import markdown, show
 from drawing.overlap import draw_curves
 from inputs.images import NAMES, DataError, Images, load
@@ -47,8 +45,6 @@ from inputs.views import shifted_views, simclr_views
 from pretraining.draws import Draws
 from pretraining.ending import status_of
 from pretraining.interrupt import interruptible
-from pretraining.methods import DECODERS, seeded
-from pretraining.optimisers import optimizer, warm_up_and_cosine
 from pretraining.progress import Progress
 from pretraining.runs import (
     UNREADABLE,
@@ -62,58 +58,12 @@ from pretraining.runs import (
 )
 from pretraining.training import Training
 from reading.evaluate import logistic_regression, stage_vectors
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch import nn
 
 import locallearn
-from locallearn import InfoNCE, LocalWrapper
-from locallearn.measure import Cost, measure
+from locallearn import LocalWrapper
 
-# ------------------------------------------------------------------------------------------------------- what is trained
-
-
-class CrossEntropy(nn.Module):
-    """A unit's loss by labels; keeps how many of the last batch it had right."""
-
-    right = 0
-
-    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        self.right = int((logits.argmax(dim=1) == labels).sum()) if not self.training else 0
-        return F.cross_entropy(logits, labels)
-
-
-def wrapped(
-    setting: Setting,
-    row: str,
-    backbone: nn.Module,
-    image_size: int,
-    classes: int,
-    seed: int = 0,
-    recompute: bool = False,
-) -> LocalWrapper:
-    """The backbone with a row's plan; a decoder of the same kind, and for a width with the same weights, in every row."""
-    make, weight = DECODERS[setting.decoder], next(backbone.parameters())
-    supervised = setting.task == "supervised"
-    plan = plan_of(row, setting.stages)
-    return LocalWrapper(
-        backbone,
-        setting.names,
-        decoder=seeded(partial(make, out_features=classes) if supervised else make, seed),
-        loss=[CrossEntropy() for _ in plan.units] if supervised else InfoNCE(setting.temperature, form="nt-xent"),
-        plan=plan,
-        checkpoint=recompute,
-        example=weight.new_zeros(2, 3, image_size, image_size),
-    )
-
-
-def new_training(job: Job, images: Images, steps: int, on: torch.device) -> Training:
-    torch.manual_seed(job.seed)
-    backbone = job.setting.backbone(images.size).to(on)
-    model = wrapped(job.setting, job.row, backbone, images.size, images.classes, job.seed)
-    model.to(memory_format=torch.channels_last)
-    trained = optimizer(job.setting.optimizer, model, job.setting.lr, job.setting.weight_decay)
-    scheduler = warm_up_and_cosine(trained, round(job.setting.warm_up * steps), steps)
-    return Training(model, trained, scheduler, torch.amp.GradScaler(on.type, enabled=False))
+# ------------------------------------------------------------------------------------------------------------- training
 
 
 def train(job: Job, images: Images, training: Training, steps: int, directory: Path, asked: Callable[[], bool]) -> bool:
@@ -155,7 +105,7 @@ def read_out(setting: Setting, model: LocalWrapper, images: Images) -> dict[str,
     ]
     (known, known_labels), (held_out, held_out_labels) = parts
     stages = [
-        logistic_regression(vectors, known_labels, others, held_out_labels)
+        logistic_regression(*(part.to(on) for part in (vectors, known_labels, others, held_out_labels)))
         for vectors, others in zip(known, held_out, strict=True)
     ]
     return {"accuracy": stages[-1], "stages_accuracy": stages, "units_accuracy": own_accuracies(model, images)}
@@ -173,32 +123,6 @@ def own_accuracies(model: LocalWrapper, images: Images) -> list[float] | None:
         right += torch.tensor([loss.right for loss in model.loss])
     model.train()
     return (right / len(images.test_labels)).tolist()
-
-
-def counted(setting: Setting, row: str, image_size: int, batch_size: int, recompute: bool = False) -> Cost:
-    """What a step costs, counted on fake tensors: weights, their gradients and the images do not count."""
-    made, fake = setting.backbone(image_size), FakeTensorMode()
-    with FakeCopyMode(fake):
-        backbone = deepcopy(made)
-    with fake:
-        model = wrapped(setting, row, backbone, image_size, 10, recompute=recompute)
-        for weight in model.parameters():
-            weight.grad = torch.zeros_like(weight)
-        supervised = setting.task == "supervised"
-        views = [torch.zeros(batch_size, 3, image_size, image_size) for _ in range(1 if supervised else 2)]
-        labels = torch.zeros(batch_size, dtype=torch.long) if supervised else None
-        return measure(lambda: model.local_step(*views, targets=labels))
-
-
-def costs(setting: Setting, row: str, image_size: int) -> dict[str, Any]:
-    size = setting.batch_size
-    once, twice = (counted(setting, row, image_size, count) for count in (size, 2 * size))
-    return {
-        "flops": once.flops,
-        "peak_bytes": once.peak_bytes,
-        "peak_bytes_per_image": (twice.peak_bytes - once.peak_bytes) / size,
-        "peak_bytes_recomputed": counted(setting, row, image_size, size, recompute=True).peak_bytes,
-    }
 
 
 # ------------------------------------------------------------------------------------------------------------ one run
@@ -246,17 +170,6 @@ def run_job(job: Job, images: Images, args: argparse.Namespace, asked: Callable[
     return True
 
 
-def first(images: Images, setting: Setting) -> Images:
-    """As many as the setting takes, from the beginning of both parts."""
-    train, test = slice(setting.images), slice(setting.held_out)
-    part = images.train[train], images.train_labels[train], images.test[test], images.test_labels[test]
-    if len(part[0]) < setting.batch_size:
-        raise DataError(
-            f"{images.name} has {len(part[0])} images to train on: too few for a batch of {setting.batch_size}"
-        )
-    return Images(images.name, *part)
-
-
 def settings_of(job: Job, images: Images) -> dict[str, Any]:
     """What a run's results depend on, and what the other scripts want to know of it."""
     overlap = job.row if not job.row.isdigit() else int(job.row)
@@ -270,59 +183,6 @@ def last_losses(directory: Path, steps: int) -> list[float] | None:
     """Each unit's loss, the mean of what was logged in the last tenth of the steps."""
     lines = [line["losses"] for line in read_log(directory) if line["step"] > 0.9 * steps]
     return torch.tensor(lines).mean(dim=0).tolist() if lines else None
-
-
-def machine(on: torch.device) -> str:
-    if on.type == "cuda":
-        return torch.cuda.get_device_name(on)
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return names[0].partition(": ")[2] if names else platform.processor() or "cpu"
-
-
-def time_steps(curve: Curve, images: Images, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """What a step takes in each row, the median of `--times`: the rows in turn, so that all see the same moods of the machine.
-
-    On a CPU it is this process's CPU time, which others at work disturb less; on a GPU the clock's.
-    """
-    setting = curve.setting
-    images = first(images, setting)
-    trainings = {
-        row: new_training(Job(curve.name, setting, row, 0), images, 1000, args.device)
-        for row in curve.rows
-        if row != START
-    }
-    supervised = setting.task == "supervised"
-    views = [
-        torch.rand(setting.batch_size, 3, images.size, images.size, device=args.device) for _ in range(2 - supervised)
-    ]
-    views = [pixels.contiguous(memory_format=torch.channels_last) for pixels in views]
-    labels = images.train_labels[: setting.batch_size].to(args.device) if supervised else None
-    took: dict[str, list[float]] = {row: [] for row in trainings}
-    for _ in range(args.times + 2):  # the first two are not counted
-        for row, training in trainings.items():
-            start = clock(args.device)
-            training.model.local_step(*views, targets=labels)
-            training.update()
-            took[row].append(clock(args.device) - start)
-    on = f"{machine(args.device)}, {torch.get_num_threads()} threads, {platform.machine()}"
-    return [
-        {
-            "curve": curve.name,
-            "row": row,
-            "step_ms": 1e3 * statistics.median(seconds[2:]),
-            "steps": args.times,
-            "machine": on,
-        }
-        for row, seconds in took.items()
-    ]
-
-
-def clock(on: torch.device) -> float:
-    if on.type != "cuda":
-        return time.process_time()
-    torch.cuda.synchronize(on)
-    return time.perf_counter()
 
 
 # -------------------------------------------------------------------------------------------------- table and figure
@@ -369,7 +229,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
         raise DataError(f"{images.name} is too large to be held in memory, as this needs it")
     curves = chosen(args)
     if args.times:
-        lines = [line for curve in curves for line in time_steps(curve, images, args)]
+        lines = [line for curve in curves for line in time_steps(curve, images, args.times, args.device)]
         args.out.mkdir(parents=True, exist_ok=True)
         write(
             args.out / "times.jsonl", lambda path: path.write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -26,7 +26,7 @@ pytest.importorskip("tqdm")
 
 import backbones
 import overlap_curve
-from curves import claims, presets, results
+from curves import claims, costs, network, presets, results
 from curves.presets import BOTH, START, Curve, Setting
 from inputs.images import load
 from inputs.loading import plain_batches
@@ -227,22 +227,28 @@ def test_a_run_belongs_to_one_process_at_a_time(tmp_path: Path) -> None:
 def test_all_rows_start_from_the_same_weights_of_backbone_and_decoders(tiny: Path) -> None:
     images = load(str(tiny))
     first, *others = [
-        overlap_curve.new_training(presets.Job("labels", SETTING, row, 3), images, 10, torch.device("cpu")).model
+        network.new_training(presets.Job("labels", SETTING, row, 3), images, 10, torch.device("cpu")).model
         for row in ("0", "1", "2", BOTH)
     ]
     starts = {decoder.channels: decoder.state_dict() for decoder in first.decoders}
+    decoders = {str(model.plan): model.decoders for model in others}[str(Plan.hierarchical(3))]
+    first_of_two, second = decoders[1].state_dict(), decoders[2].state_dict()  # both read stage 1
+    assert not any(torch.equal(first_of_two[name], second[name]) for name in second)
     for model in others:
         for name, value in model.backbone.state_dict().items():
             assert torch.equal(value, first.backbone.state_dict()[name]), name
-        for decoder in model.decoders:
+        ends = [unit.last for unit in model.plan.units]
+        for decoder in [decoder for k, decoder in enumerate(model.decoders) if ends[k] not in ends[:k]]:
             for name, value in decoder.state_dict().items():
                 assert torch.equal(value, starts[decoder.channels][name]), name
 
 
 def test_a_units_own_accuracy_is_that_of_its_decoder_on_the_outlet_it_reads(tiny: Path) -> None:
     images = load(str(tiny))
-    images = replace(images, test=images.train, test_labels=images.train_labels)  # what it knows, so that it is not guessing
-    training = overlap_curve.new_training(presets.Job("labels", SETTING, "1", 0), images, 60, torch.device("cpu"))
+    images = replace(
+        images, test=images.train, test_labels=images.train_labels
+    )  # what it knows, so that it is not guessing
+    training = network.new_training(presets.Job("labels", SETTING, "1", 0), images, 60, torch.device("cpu"))
     model = training.model
     for _ in range(40):
         model.local_step(scaled(images.train), targets=images.train_labels)
@@ -270,17 +276,17 @@ def test_end_to_end_by_the_wrapper_costs_what_plain_backpropagation_does() -> No
         maps = backbone.layer3(backbone.layer2(backbone.layer1(maps)))
         F.cross_entropy(decoder(maps), labels).backward()
 
-    plain, ours = measure(step), overlap_curve.counted(SETTING, "2", 16, 8)
+    plain, ours = measure(step), costs.counted(SETTING, "2", 16, 8)
     assert ours.peak_bytes == pytest.approx(plain.peak_bytes, rel=0.02)
     assert ours.flops == plain.flops + 2 * 8 * 64 * 10  # the network's own classifier runs, and is not trained
 
 
 def test_memory_grows_with_the_overlap_and_falls_with_recomputation() -> None:
     setting = replace(SETTING, arch="resnet20", stages=9)
-    peaks = [overlap_curve.counted(setting, row, 32, 8).peak_bytes for row in ("0", "1", "2", "8")]
+    peaks = [costs.counted(setting, row, 32, 8).peak_bytes for row in ("0", "1", "2", "8")]
     assert peaks == sorted(peaks)
     assert peaks[0] < peaks[-1] / 2
-    assert overlap_curve.counted(setting, "8", 32, 8, recompute=True).peak_bytes < peaks[-1]
+    assert costs.counted(setting, "8", 32, 8, recompute=True).peak_bytes < peaks[-1]
 
 
 @pytest.mark.parametrize("curve", [*presets.CPU, *presets.GPU, *presets.GPU_SHORT], ids=lambda curve: curve.name)
