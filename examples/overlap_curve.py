@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -198,17 +199,30 @@ def gather(out: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def report(paths: Sequence[Path], curves: Sequence[str] | None, out: Path) -> None:
-    """Of all lines in these files, of results and of times; of some curves or all."""
+def report(paths: Sequence[Path], curves: Sequence[str] | None, out: Path, page: Path | None = None) -> None:
+    """Of all lines in these files, of results and of times; of some curves or all. The tables go into a page if there is one."""
     found = [json.loads(line) for path in paths if path.is_file() for line in path.read_text().splitlines()]
     lines = [line for line in found if not curves or line["curve"] in curves]
     if not any("accuracy" in line for line in lines):
         raise DataError(f"there is no finished run in {' or '.join(map(str, paths))}")
     out.mkdir(parents=True, exist_ok=True)
-    write(out / "overlap_curve.md", lambda path: path.write_text(markdown(lines)))
+    tables = page or out / "overlap_curve.md"
+    text = markdown(lines) if page is None else with_tables(page, markdown(lines))
+    write(tables, lambda path: path.write_text(text))
     write(out / "overlap_curve.png", partial(draw_curves, lines))
     show(lines)
-    print(f"wrote {out}/overlap_curve.md and overlap_curve.png")
+    print(f"wrote {tables} and {out}/overlap_curve.png")
+
+
+def with_tables(page: Path, tables: str) -> str:
+    """The page with these tables in the place of those that it has."""
+    place = re.compile(r"^(<!-- examples/overlap_curve\.py .*? -->\n).*?^(<!-- end -->)$", re.MULTILINE | re.DOTALL)
+    text, count = place.subn(lambda match: match[1] + tables + match[2], page.read_text())
+    if count != 1:
+        raise DataError(
+            f"{page} needs one place for the tables, from <!-- examples/overlap_curve.py ... --> to <!-- end -->"
+        )
+    return text
 
 
 # ---------------------------------------------------------------------------------------------------- from start to finish
@@ -216,7 +230,7 @@ def report(paths: Sequence[Path], curves: Sequence[str] | None, out: Path) -> No
 
 def run(args: argparse.Namespace, argv: list[str]) -> int:
     if args.report:
-        report(args.report, args.curves, args.out or args.report[0].parent)
+        report(args.report, args.curves, args.out or args.report[0].parent, args.page)
         return 0
     args.out = args.out or Path("runs/overlap_curve")
     if args.jobs > 1:
@@ -311,6 +325,7 @@ def parser() -> Parser:
     add("--commit", metavar="HASH", help="to be noted in the results, where this script lies outside of its repository")
     add("--times", type=at_least(1), metavar="N", help="train nothing: the time of N steps of each row, to times.jsonl")
     add("--report", type=Path, nargs="+", metavar="JSONL", help="train nothing: table and figure of these lines")
+    add("--page", type=Path, metavar="MD", help="with --report: put the tables into this page")
     add("--out", type=Path, metavar="DIR", help="where the runs go (runs/overlap_curve)")
     return result
 
