@@ -67,7 +67,7 @@ def _panel(panel: Axes, rows: Sequence[Point]) -> None:
         if whole:
             panel.errorbar(row.peak_recomputed / 1e6, row.mean, yerr=row.spread, **mark, mfc="white")
         if not other:
-            at = {"xytext": (8, 6), "textcoords": "offset points", "fontsize": 9}
+            at = {"xytext": (-5, 7), "textcoords": "offset points", "fontsize": 9, "ha": "right"}
             panel.annotate(row.row, (peak, row.mean), color=INK, **at)
     panel.set_xlabel("peak memory of a step, MB")
     panel.set_ylabel("linear read-out, %")
