@@ -123,7 +123,8 @@ def cells(rows: Sequence[Point]) -> tuple[list[str], list[list[str]]]:
     greedy = next((row for row in rows if row.row == GREEDY), None)
     whole = next((row for row in rows if row.end_to_end and row.row != START), None)
     headings = ["overlap", "units", *(f"seed {seed}" for seed in seeds), "mean", "more than greedy, 95 %"]
-    headings += ["peak, MB", "recomputed, MB", "largest batch", "GFLOP", "ms"]
+    timed = any(row.step_ms is not None for row in rows)
+    headings += ["peak, MB", "recomputed, MB", "largest batch", "GFLOP", *(["ms"] if timed else [])]
     lines = []
     for row in rows:
         trained = row.row != START
@@ -135,7 +136,8 @@ def cells(rows: Sequence[Point]) -> tuple[list[str], list[list[str]]]:
         line += [f"{row.peak / 1e6:.0f}", f"{row.peak_recomputed / 1e6:.0f}"] if trained else ["", ""]
         line.append(str(batch_in(whole.peak, row)) if trained and whole else "")
         line.append(f"{row.flops / 1e9:.0f}" if trained else "")
-        line.append("" if row.step_ms is None else f"{row.step_ms:.0f}")
+        if timed:
+            line.append("" if row.step_ms is None else f"{row.step_ms:.0f}")
         lines.append(line)
     return headings, lines
 
