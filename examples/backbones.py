@@ -11,7 +11,7 @@ from einops import reduce
 from torch import Tensor, nn
 from torchvision.models import get_model
 
-from locallearn.models import presnet50, presnet_small, shufflenet_v2_50, small_image_stem
+from locallearn.models import presnet50, presnet_small, resnet_cifar, shufflenet_v2_50, small_image_stem
 
 LARGEST_SMALL_IMAGE = 64  # pixels; up to here a stem without stride takes the place of ImageNet's, which divides by 4
 
@@ -40,10 +40,16 @@ def _shufflenet(image_size: int) -> nn.Module:
     return _stem_for(image_size, shufflenet_v2_50())
 
 
+def _resnet_cifar(image_size: int, depth: int) -> nn.Module:
+    return resnet_cifar(depth)
+
+
+CIFAR_DEPTHS = {"resnet20": 20, "resnet32": 32, "resnet110": 110}  # He et al.'s, for 32 pixels
 RESNET = ("layer1", "layer2", "layer3", "layer4")
 PRESNET = (*RESNET, "layer5", "layer6")
 ARCHITECTURES = {
     **{name: Architecture(partial(_resnet, name=name), RESNET) for name in ("resnet18", "resnet34", "resnet50")},
+    **{name: Architecture(partial(_resnet_cifar, depth=depth), RESNET[:3]) for name, depth in CIFAR_DEPTHS.items()},
     "presnet50": Architecture(partial(_presnet50, literal=False), PRESNET),
     "presnet50-literal": Architecture(partial(_presnet50, literal=True), PRESNET),  # Table 8 to the letter
     "presnet_small": Architecture(presnet_small, PRESNET),

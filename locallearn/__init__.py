@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from locallearn.decoders import ConvMLPDecoder, MLPDecoder, TokenDecoder
+from locallearn.decoders import ConvMLPDecoder, MLPDecoder, PlainConvDecoder, TokenDecoder
 from locallearn.losses import InfoNCE, info_nce
 from locallearn.plan import Plan, Unit
 from locallearn.schedules import fused, sequential
@@ -23,6 +23,7 @@ __all__ = [
     "LocalWrapper",
     "MLPDecoder",
     "MemoryReport",
+    "PlainConvDecoder",
     "Plan",
     "Soft",
     "StagePlan",

@@ -131,6 +131,86 @@ class Plan:
         return cls(stages, [Unit(max(0, top - overlap), top) for top in tops])
 
     @classmethod
+    def union(cls, *plans: Plan) -> Plan:
+        """The units of several plans for the same stages, from bottom to top; one that is in two of them counts once.
+
+        Units that end at the same stage keep a decoder each.
+
+        Args:
+            plans: at least one, all of as many stages.
+
+        Raises:
+            ValueError: if there is none, or if they are for different numbers of stages.
+
+        Example:
+            >>> print(Plan.union(Plan.windows(3, overlap=0), Plan.windows(3, overlap=1)))
+                    stage 0  1  2
+            unit 0        #
+            unit 1        #  #
+            unit 2           #
+            unit 3           #  #
+            unit 4              #
+        """
+        counts = [plan.stages for plan in plans]
+        if len(set(counts)) != 1:
+            raise ValueError(f"a union is of plans for the same number of stages; got plans for {counts} stages")
+        units = dict.fromkeys(unit for plan in plans for unit in plan.units)
+        return cls(counts[0], sorted(units, key=lambda unit: (unit.last, unit.first)))
+
+    @classmethod
+    def greedy(cls, stages: int) -> Plan:
+        """Each loss trains its own stage alone: Greedy InfoMax (Löwe et al. 2019), greedy supervised learning, DGL.
+
+        This is ``Plan.windows(stages, overlap=0)``.
+
+        Example:
+            >>> print(Plan.greedy(3))
+                    stage 0  1  2
+            unit 0        #
+            unit 1           #
+            unit 2              #
+        """
+        return cls.windows(stages, overlap=0)
+
+    @classmethod
+    def end_to_end(cls, stages: int) -> Plan:
+        """One loss at the top trains everything: backpropagation. This is ``Plan.windows(stages, overlap=stages - 1)``.
+
+        Example:
+            >>> print(Plan.end_to_end(3))
+                    stage 0  1  2
+            unit 0        #  #  #
+        """
+        return cls.windows(stages, overlap=index(stages) - 1)
+
+    @classmethod
+    def deep_supervision(cls, stages: int) -> Plan:
+        """A loss at every stage, each of which trains all the stages below it (Lee et al. 2015): nothing is isolated.
+
+        This is ``Plan.windows(stages, overlap=stages - 1, lead_in=True)``. It saves no memory.
+
+        Example:
+            >>> print(Plan.deep_supervision(3))
+                    stage 0  1  2
+            unit 0        #
+            unit 1        #  #
+            unit 2        #  #  #
+        """
+        return cls.windows(stages, overlap=index(stages) - 1, lead_in=True)
+
+    @classmethod
+    def hierarchical(cls, stages: int) -> Plan:
+        """HPFF's independent and cascaded modules together (Su et al. 2024): overlaps 0 and 1.
+
+        This is ``Plan.union(Plan.greedy(stages), Plan.windows(stages, overlap=1))``; :meth:`union` draws it.
+
+        Example:
+            >>> [(unit.first, unit.last) for unit in Plan.hierarchical(3).units]
+            [(0, 0), (0, 1), (1, 1), (1, 2), (2, 2)]
+        """
+        return cls.union(cls.greedy(stages), cls.windows(stages, overlap=1))
+
+    @classmethod
     def first_blocks(cls, stages: int) -> Plan:
         """Each loss reaches its own stage and the first blocks of the next one (Table 5, "sharing n blocks").
 

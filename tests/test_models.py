@@ -7,12 +7,22 @@ from functools import cache, partial
 
 import pytest
 import torch
+import torch.nn.functional as F
+from oracle import assert_same, gradients, oracle
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.models import resnet18, resnet50, shufflenet_v2_x0_5
 
-from locallearn import LocalWrapper
-from locallearn.models import PResNet, presnet50, presnet_small, shufflenet_v2_50, small_image_stem
+from locallearn import LocalWrapper, MLPDecoder, Plan
+from locallearn.models import (
+    PResNet,
+    presnet50,
+    presnet_small,
+    resnet_cifar,
+    resnet_cifar_stages,
+    shufflenet_v2_50,
+    small_image_stem,
+)
 from locallearn.models.progressive import Resize
 
 pytest.importorskip("rich", reason="the examples need the extra `examples`")
@@ -184,6 +194,74 @@ def test_the_stem_for_small_images_keeps_their_size(make: Callable[[], nn.Module
 def test_a_backbone_without_such_a_stem_is_refused() -> None:
     with pytest.raises(ValueError, match=r"Sequential has \['0'\]. Build it for small images yourself"):
         small_image_stem(nn.Sequential(nn.Conv2d(3, 8, 7)))
+
+
+# ------------------------------------------------------------------------------------------------------- ResNets of 6n + 2
+
+# Table 2 of InfoPro was made with these cuts, as [layer, block] in its code
+INFOPRO = {
+    2: [[2, 1]],
+    4: [[1, 2], [2, 1], [3, 0]],
+    8: [[1, 0], [1, 2], [1, 4], [2, 1], [2, 3], [3, 0], [3, 2]],
+}
+
+
+@pytest.mark.parametrize(("depth", "weights"), [(20, 269_722), (32, 464_154), (110, 1_727_962)])
+def test_a_resnet_of_6n_plus_2_layers_has_the_size_of_its_paper(depth: int, weights: int) -> None:
+    backbone = resnet_cifar(depth)
+    assert sum(weight.numel() for weight in backbone.parameters()) == weights  # 0.27M, 0.46M, 1.7M
+    layers = [module for module in backbone.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    assert len(layers) == depth
+    assert maps_of(resnet_cifar(8), RESNET[:3], 32) == [(16, 32), (32, 16), (64, 8)]
+
+
+def test_its_shortcut_takes_every_second_pixel_and_fills_up_with_zeros() -> None:
+    block = resnet_cifar(8).layer2[0].eval()  # type: ignore[index, union-attr]
+    nn.init.zeros_(block.bn2.weight)
+    x = torch.rand(2, 16, 32, 32)
+    y = block(x)
+    assert torch.equal(y[:, :16], x[:, :, ::2, ::2])
+    assert y[:, 16:].eq(0).all()
+
+
+@pytest.mark.parametrize("count", INFOPRO)
+def test_resnet_32_is_cut_as_infopro_cuts_it(count: int) -> None:
+    ours = [stage.removeprefix("layer").split(".") for stage in resnet_cifar_stages(32, count)]
+    assert [[int(number) for number in stage] for stage in ours] == [*INFOPRO[count], [3, 4]]
+
+
+def test_every_block_can_be_a_stage() -> None:
+    blocks = tuple(f"layer{layer}.{block}" for layer in (1, 2, 3) for block in range(5))
+    assert resnet_cifar_stages(32, 15) == blocks
+    assert resnet_cifar_stages(32, 16) == ("relu", *blocks)
+    assert resnet_cifar_stages(32, 1) == ("layer3.4",)
+    assert resnet_cifar_stages(110, 4) == ("layer1.11", "layer2.7", "layer3.3", "layer3.17")
+
+
+@pytest.mark.parametrize("count", [4, 9, 10])
+def test_its_stages_are_trained_with_autograds_own_gradients(count: int) -> None:
+    torch.set_default_dtype(torch.float64)
+    model = LocalWrapper(
+        resnet_cifar(20, width=4),
+        resnet_cifar_stages(20, count),
+        plan=Plan.hierarchical(count),
+        decoder=partial(MLPDecoder, out_features=10),
+        loss=F.cross_entropy,
+        example=torch.zeros(2, 3, 16, 16),
+    )
+    images, labels = torch.rand(4, 3, 16, 16), torch.arange(4)
+    losses, expected = oracle(model, images, targets=labels)
+    torch.testing.assert_close(model.local_step(images, targets=labels), losses)
+    assert_same(gradients(model), expected)
+    trained = {name for name, weight in model.backbone.named_parameters() if weight.grad is not None}
+    assert trained == {name for name, _ in model.backbone.named_parameters()} - {"fc.weight", "fc.bias"}
+
+
+def test_resnets_that_do_not_exist_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"6n \+ 2: 8, 14, .*; got 18"):
+        resnet_cifar(18)
+    with pytest.raises(ValueError, match="a stem and 9 blocks: 1 to 10 stages; got 11"):
+        resnet_cifar_stages(20, 11)
 
 
 # ------------------------------------------------------------------------------------------------------- the others

@@ -35,6 +35,21 @@ def test_first_blocks_share_only_the_first_piece_of_the_next_stage() -> None:
     assert Plan.first_blocks(1) == Plan.windows(1, 0)
 
 
+def test_a_union_has_the_units_of_all_its_plans_from_bottom_to_top_and_each_once() -> None:
+    plan = Plan.union(Plan.windows(3, 2), Plan.windows(3, 1, lead_in=True), Plan.windows(3, 0))
+    assert [(u.first, u.last) for u in plan.units] == [(0, 0), (0, 1), (1, 1), (0, 2), (1, 2), (2, 2)]
+    assert Plan.union(plan, plan) == plan
+    updating = Plan(3, [Unit(0, 1, [0])])
+    assert len(Plan.union(updating, Plan.windows(3, 1)).units) == 3  # it differs in what it updates
+
+
+def test_methods_of_others_are_settings_of_windows_and_unions() -> None:
+    assert Plan.greedy(4) == Plan.windows(4, 0)
+    assert Plan.end_to_end(4) == Plan.windows(4, 3)
+    assert Plan.deep_supervision(4) == Plan(4, [Unit(0, k) for k in range(4)])
+    assert Plan.hierarchical(4) == Plan.union(Plan.windows(4, 0), Plan.windows(4, 1))
+
+
 def test_a_plan_prints_as_a_drawing() -> None:
     assert str(Plan(3, [Unit(0, 1, [0]), Unit(1, 2)])).splitlines() == [
         "        stage 0  1  2",
@@ -60,6 +75,10 @@ def test_plans_are_equal_by_value_and_hashable() -> None:
         (lambda: Unit(1, 2, []), "updates at least one"),
         (lambda: Plan(2, [Unit(0, 2)]), "beyond the last stage, 1"),
         (lambda: Plan(2, []), "at least one unit"),
+        (Plan.union, r"the same number of stages; got plans for \[\] stages"),
+        (lambda: Plan.union(Plan.greedy(2), Plan.greedy(3)), r"got plans for \[2, 3\] stages"),
+        (lambda: Plan.hierarchical(1), "overlap=1 needs at least 2 stages; there is 1"),
+        (lambda: Plan.deep_supervision(0), "at least one stage"),
         (lambda: Plan(2, [Unit(1, 1), Unit(0, 0)]), r"from bottom to top; got units whose last stages are \[1, 0\]"),
     ],
 )

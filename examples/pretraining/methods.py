@@ -11,7 +11,7 @@ from backbones import Architecture, stage_features
 from inputs.images import DataError
 from torch import nn
 
-from locallearn import ConvMLPDecoder, InfoNCE, LocalWrapper, MLPDecoder, Plan, Soft, UpperOnly
+from locallearn import ConvMLPDecoder, InfoNCE, LocalWrapper, MLPDecoder, PlainConvDecoder, Plan, Soft, UpperOnly
 from pretraining.collapse import Watched
 
 METHODS = ("simclr", "gim", "loco")
@@ -23,6 +23,8 @@ DECODERS: dict[str, Callable[[int], nn.Module]] = {
     "conv": ConvMLPDecoder,
     "conv2": partial(ConvMLPDecoder, blocks=2),
     "conv+mlp4": partial(ConvMLPDecoder, depth=4),
+    "grid": partial(MLPDecoder, grid=2),  # not in Table 4: CLAPP++'s
+    "1c2f": PlainConvDecoder,  # nor this: DGL's
 }
 DEPTHS: dict[str, int | None] = {"stage": 1, "network": None}  # how many of the stages above a decoder repeats
 

@@ -1,4 +1,4 @@
-"""SimCLR's recipe of optimisation: LARS, SGD or AdamW, linear warm-up, cosine decay."""
+"""SimCLR's recipe of optimisation: LARS, SGD (with Nesterov's momentum) or AdamW, linear warm-up, cosine decay."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ class Recipe(NamedTuple):
 RECIPES = {
     "lars": Recipe(0.3, 1e-6),  # SimCLR's, and the paper's
     "sgd": Recipe(0.06, 1e-6),
+    "nesterov": Recipe(0.2, 1e-4),  # InfoPro's, for labels
     "adamw": Recipe(2e-3, 1e-2),
 }
 MOMENTUM = 0.9
@@ -35,8 +36,8 @@ def optimizer(name: str, model: nn.Module, lr: float, weight_decay: float) -> op
         # timm adapts a group if it decays, or always; said for both, so that weights adapt without decay too
         adapts = [group | {"always_adapt": always} for group, always in zip(groups, (True, False), strict=True)]
         return Lars(adapts, lr=lr, momentum=MOMENTUM)
-    if name == "sgd":
-        return optim.SGD(groups, lr=lr, momentum=MOMENTUM)
+    if name in ("sgd", "nesterov"):
+        return optim.SGD(groups, lr=lr, momentum=MOMENTUM, nesterov=name == "nesterov")
     return optim.AdamW(groups, lr=lr)
 
 

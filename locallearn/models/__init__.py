@@ -8,13 +8,26 @@ backbone                              ``stages=``                               
 :func:`shufflenet_v2_50`              ``stage2``, ``stage3``, ``stage4``,          Ma et al. 2018, Table 8
                                       ``conv6``
 ``torchvision.models.resnet50``       ``layer1`` ... ``layer4``                    He et al. 2016
+:func:`resnet_cifar`                  :func:`resnet_cifar_stages`                  He et al. 2016, Section 4.2
 ====================================  ===========================================  =================================
 
-All but the small one are for 224 pixels; :func:`small_image_stem` refits them for images of 32.
+:func:`presnet_small` and :func:`resnet_cifar` are for small images, the others for 224 pixels; :func:`small_image_stem` refits
+those for images of 32.
 """
 
 from locallearn.models.presnet import PResNet, presnet50, presnet_small
+from locallearn.models.resnet_cifar import ResNetCifar, resnet_cifar, resnet_cifar_stages
 from locallearn.models.shufflenet import ShuffleNetV2Large, shufflenet_v2_50
 from locallearn.models.stem import small_image_stem
 
-__all__ = ["PResNet", "ShuffleNetV2Large", "presnet50", "presnet_small", "shufflenet_v2_50", "small_image_stem"]
+__all__ = [
+    "PResNet",
+    "ResNetCifar",
+    "ShuffleNetV2Large",
+    "presnet50",
+    "presnet_small",
+    "resnet_cifar",
+    "resnet_cifar_stages",
+    "shufflenet_v2_50",
+    "small_image_stem",
+]

@@ -259,3 +259,27 @@ def test_the_grey_views_change_the_picture_by_what_they_say() -> None:
     torch.manual_seed(0)
     place = (views.grey_views(dot).squeeze(1) > 0).nonzero()[:, 1:].float() - 20
     assert 3 < place.abs().max() < 41 * 0.12 * 1.5 + 3
+
+
+# ------------------------------------------------------------------------------------------------ shifts, to learn labels from
+
+
+def test_a_shifted_view_is_a_window_of_the_reflected_image_or_of_its_mirror_image() -> None:
+    images = torch.randint(256, (40, 3, 7, 9), dtype=torch.uint8)
+    shifted = views.shifted_views(images, by=2)
+    assert shifted.shape == images.shape
+    padded = torch.nn.functional.pad(views.scaled(images), [2] * 4, mode="reflect")
+    seen = set()
+    for image, view in zip(padded, shifted, strict=True):
+        windows = {
+            (down, right, mirrored): window.flip(2) if mirrored else window
+            for down in range(5)
+            for right in range(5)
+            for window in [image[:, down : down + 7, right : right + 9]]
+            for mirrored in (False, True)
+        }
+        found = [place for place, window in windows.items() if torch.equal(window, view)]
+        assert len(found) == 1
+        seen.add(found[0])
+    assert {place[0] for place in seen} == {place[1] for place in seen} == set(range(5))
+    assert {place[2] for place in seen} == {False, True}

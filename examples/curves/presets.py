@@ -1,0 +1,164 @@
+"""The curves of overlap_curve.py: what all rows of one share, and the grids that fit two cores, half an hour of a GPU, or days.
+
+No setting was chosen by what came out of it. The pilots have a seed that no curve uses, and are part of the results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from backbones import ARCHITECTURES, CIFAR_DEPTHS
+from torch import nn
+
+from locallearn import Plan, UpperOnly
+from locallearn.models import resnet_cifar_stages
+
+# rows beside the overlaps: nothing trained; HPFF's overlaps 0 and 1 together; overlap 1 of which only the upper loss updates
+# a shared stage, as Interlocking Backprop's pairwise mode; deep supervision
+START, BOTH, UPPER, DEEP = "start", "both", "upper", "deep"
+PILOT = 100  # the pilots' seed; their curves' names begin with "pilot-"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all rows of a curve share: they differ in their plans, and in nothing else."""
+
+    task: Literal["supervised", "contrastive"]
+    arch: str  # resnet20, resnet32, ...: He et al.'s; or one of backbones.py
+    stages: int
+    decoder: str = "mlp"  # by its name in pretraining/methods.py; the same for all units of all rows
+    images: int | None = 10_240  # to train on, the first ones; None: all
+    held_out: int | None = 5_000  # likewise
+    epochs: int = 5
+    batch_size: int = 256
+    optimizer: str = "adamw"
+    lr: float = 2e-3
+    weight_decay: float = 1e-2
+    warm_up: float = 0.1  # of all steps; a cosine follows
+    temperature: float = 0.2
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The submodules after which the stages end."""
+        if self.arch in CIFAR_DEPTHS:
+            return resnet_cifar_stages(CIFAR_DEPTHS[self.arch], self.stages)
+        names = ARCHITECTURES[self.arch].stages
+        if self.arch == "resnet18" and self.stages == 8:
+            names = tuple(f"{layer}.{block}" for layer in names for block in (0, 1))
+        if len(names) != self.stages:
+            raise ValueError(f"{self.arch} has {len(names)} stages here; got stages={self.stages}")
+        return names
+
+    def backbone(self, image_size: int) -> nn.Module:
+        return ARCHITECTURES[self.arch].make(image_size)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A setting, the plans to compare in it, and the seeds."""
+
+    name: str
+    setting: Setting
+    rows: tuple[str, ...]
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: a point of a curve for one seed."""
+
+    curve: str
+    setting: Setting
+    row: str
+    seed: int
+
+    @property
+    def place(self) -> str:
+        return f"{self.curve}/{self.row}/seed-{self.seed}"
+
+
+def plan_of(row: str, stages: int) -> Plan:
+    """The plan of a row: an overlap as it is written, or one of the names above."""
+    if row == START:
+        return Plan.end_to_end(stages)  # never trained
+    if row == UPPER:
+        return UpperOnly().plan(stages, overlap=1)
+    named = {BOTH: Plan.hierarchical, DEEP: Plan.deep_supervision}
+    return named[row](stages) if row in named else Plan.windows(stages, int(row))
+
+
+def jobs(curves: tuple[Curve, ...]) -> Iterator[Job]:
+    """Curve by curve, seed by seed, so that a curve with one seed is there as early as can be."""
+    for curve in curves:
+        for seed in curve.seeds:
+            for row in curve.rows:
+                yield Job(curve.name, curve.setting, row, seed)
+
+
+def _overlaps(*overlaps: int, start: bool = False) -> tuple[str, ...]:
+    return (*([START] if start else []), *map(str, overlaps))
+
+
+BLOCKS = Setting("supervised", "resnet20", stages=9)  # each residual block a stage
+THIRDS = replace(BLOCKS, stages=4)
+DEEPER = replace(BLOCKS, arch="resnet32", stages=16)  # the stem a stage too
+VIEWS = Setting("contrastive", "presnet_small", stages=6)
+SEEDS = (0, 1, 2)
+
+CPU = (
+    Curve("pilot-supervised-9", BLOCKS, _overlaps(0, 1, 8), (PILOT,)),
+    Curve("pilot-supervised-9-conv", replace(BLOCKS, decoder="conv"), _overlaps(0, 1, 8), (PILOT,)),
+    Curve("supervised-9", BLOCKS, (*_overlaps(0, 8, 1, 2, 4, start=True), BOTH), SEEDS),
+    Curve("pilot-supervised-4", THIRDS, _overlaps(0, 3), (PILOT,)),
+    Curve("pilot-supervised-4-conv", replace(THIRDS, decoder="conv"), _overlaps(0, 3), (PILOT,)),
+    Curve("supervised-4", THIRDS, (*_overlaps(0, 3, 1, 2), BOTH), SEEDS),
+    Curve("contrastive-6", VIEWS, _overlaps(0, 5, 1, 2, start=True), SEEDS),
+    Curve("contrastive-6-conv", replace(VIEWS, decoder="conv"), _overlaps(0, 5, 1, 2), SEEDS),
+    Curve("supervised-9", BLOCKS, (UPPER, DEEP), SEEDS),
+    Curve("supervised-9-1c2f", replace(BLOCKS, decoder="1c2f"), (*_overlaps(0, 8, 1), BOTH), SEEDS),
+    Curve("contrastive-6-grid", replace(VIEWS, decoder="grid"), _overlaps(0, 5, 1), SEEDS),
+    Curve("contrastive-9", replace(BLOCKS, task="contrastive"), _overlaps(0, 8, 1, 2, 4, start=True), SEEDS),
+    Curve("supervised-9-conv", replace(BLOCKS, decoder="conv"), (*_overlaps(0, 8, 1, 2, 4), BOTH), SEEDS),
+    Curve("supervised-9-longer", replace(BLOCKS, epochs=20), (*_overlaps(0, 8, 1, 2, 4), BOTH), SEEDS),
+    Curve("supervised-16", DEEPER, (*_overlaps(0, 15, 1, 2, 4, 8, start=True), BOTH), SEEDS),
+)
+
+# InfoPro's recipe (Wang et al. 2021) but for its decay of biases and norms: SGD with Nesterov's momentum, batch 1024, 0.8
+FULL = Setting(
+    "supervised",
+    "resnet32",
+    stages=16,
+    images=None,
+    held_out=None,
+    epochs=160,
+    batch_size=1024,
+    optimizer="nesterov",
+    lr=0.8,
+    weight_decay=1e-4,
+    warm_up=1 / 16,
+)
+SIMCLR = replace(
+    FULL,
+    task="contrastive",
+    arch="resnet18",
+    stages=8,
+    epochs=200,
+    batch_size=512,
+    optimizer="sgd",
+    lr=0.12,
+    weight_decay=5e-4,
+    warm_up=0.05,
+)
+GPU = (
+    Curve("supervised-16", FULL, (*_overlaps(0, 15, 1, 2, 4, 8, start=True), BOTH), (0, 1, 2, 3, 4)),
+    Curve("simclr-8", SIMCLR, (*_overlaps(0, 7, 1, 2, 4, start=True), BOTH), (0, 1, 2, 3, 4)),
+)
+GPU_SHORT = (
+    Curve(
+        "supervised-16-short", replace(FULL, epochs=20), (*_overlaps(0, 15, 1, 2, 4, 8, start=True), BOTH), SEEDS[:2]
+    ),
+    Curve("simclr-8-short", replace(SIMCLR, epochs=20), _overlaps(0, 7, 1, 2, start=True), SEEDS[:1]),
+)
+PRESETS = {"cpu": CPU, "gpu-short": GPU_SHORT, "gpu": GPU}

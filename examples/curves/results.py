@@ -1,0 +1,184 @@
+"""What overlap_curve.py's lines of results say together: mean and spread over seeds, differences seed by seed, a table."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.box import SIMPLE_HEAVY
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import t
+
+from curves.presets import BOTH, DEEP, PRESETS, START, UPPER
+
+GREEDY = "0"
+NAMES = {
+    START: "random start",
+    BOTH: "0 and 1 together",
+    UPPER: "1, upper loss only",
+    DEEP: "all losses reach down",
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """A row of a curve: what all its seeds reach, in %, and what its step costs."""
+
+    curve: str
+    row: str
+    overlap: int | None  # None: untrained, or not one overlap alone
+    stages: int
+    units: int
+    accuracies: dict[int, float]  # by seed
+    batch_size: int
+    peak: int  # bytes
+    peak_per_image: float
+    peak_recomputed: int
+    flops: int
+    step_ms: float | None = None
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.accuracies.values())
+
+    @property
+    def spread(self) -> float | None:
+        """The standard deviation over seeds; None for a single one."""
+        return statistics.stdev(self.accuracies.values()) if len(self.accuracies) > 1 else None
+
+    @property
+    def end_to_end(self) -> bool:
+        return self.overlap == self.stages - 1
+
+    @property
+    def name(self) -> str:
+        if self.row in NAMES:
+            return NAMES[self.row]
+        note = " (greedy)" if self.row == GREEDY else " (end to end)" if self.end_to_end else ""
+        return f"{self.row}{note}"
+
+
+def points(lines: Sequence[dict[str, Any]]) -> dict[str, list[Point]]:
+    """By curve, as the presets list them, pilots last; each from the random start to end to end, then what is no overlap."""
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    times = {(line["curve"], line["row"]): line["step_ms"] for line in lines if "step_ms" in line}
+    for line in lines:
+        if "accuracy" in line:
+            found.setdefault((line["curve"], line["row"]), []).append(line)
+    curves: dict[str, list[Point]] = {}
+    for (curve, row), runs in found.items():
+        one = runs[0]
+        point = Point(
+            curve,
+            row,
+            int(row) if row.isdigit() else None,
+            len(one["stages"]),
+            len(one["units"]),
+            {run["seed"]: 100 * run["accuracy"] for run in sorted(runs, key=lambda run: run["seed"])},
+            one["batch_size"],
+            one["peak_bytes"],
+            one["peak_bytes_per_image"],
+            one["peak_bytes_recomputed"],
+            one["flops"],
+            times.get((curve, row)),
+        )
+        curves.setdefault(curve, []).append(point)
+    for rows in curves.values():
+        rows.sort(key=lambda point: (point.row != START, point.overlap is None, point.overlap or 0, point.row))
+    listed = [curve.name for preset in PRESETS.values() for curve in preset]
+    places = {name: (is_pilot(name), listed.index(name) if name in listed else len(listed), name) for name in curves}
+    return {name: curves[name] for name in sorted(curves, key=places.__getitem__)}
+
+
+def is_pilot(curve: str) -> bool:
+    return curve.startswith("pilot-")
+
+
+def difference(ours: Point, base: Point) -> tuple[float, float | None] | None:
+    """How much more than `base` on average over the seeds that both have, and half of its 95 % interval (paired t test).
+
+    None without a common seed; no interval with a single one.
+    """
+    seeds = ours.accuracies.keys() & base.accuracies.keys()
+    more = [ours.accuracies[seed] - base.accuracies[seed] for seed in sorted(seeds)]
+    if not more:
+        return None
+    if len(more) == 1:
+        return more[0], None
+    half = t.ppf(0.975, len(more) - 1) * statistics.stdev(more) / len(more) ** 0.5
+    return statistics.fmean(more), float(half)
+
+
+def batch_in(budget: int, point: Point) -> int:
+    """How many images a step may have whose peak stays within `budget` bytes: it grows with them in a straight line."""
+    return point.batch_size + int((budget - point.peak) // point.peak_per_image)
+
+
+def cells(rows: Sequence[Point]) -> tuple[list[str], list[list[str]]]:
+    """A curve's table: headings, and a line per row."""
+    seeds = sorted({seed for row in rows for seed in row.accuracies})
+    greedy = next((row for row in rows if row.row == GREEDY), None)
+    whole = next((row for row in rows if row.end_to_end and row.row != START), None)
+    headings = ["overlap", "units", *(f"seed {seed}" for seed in seeds), "mean", "more than greedy, 95 %"]
+    timed = any(row.step_ms is not None for row in rows)
+    headings += ["peak, MB", "recomputed, MB", "largest batch", "GFLOP", *(["ms"] if timed else [])]
+    lines = []
+    for row in rows:
+        trained = row.row != START
+        line = [row.name, str(row.units) if trained else ""]
+        line += [f"{row.accuracies[seed]:.1f}" if seed in row.accuracies else "" for seed in seeds]
+        line.append(f"{row.mean:.1f}" + ("" if row.spread is None else f" ± {row.spread:.1f}"))
+        more = difference(row, greedy) if greedy and trained and row is not greedy else None
+        line.append("" if more is None else f"{more[0]:+.1f}" + ("" if more[1] is None else f" ± {more[1]:.1f}"))
+        line += [f"{row.peak / 1e6:.0f}", f"{row.peak_recomputed / 1e6:.0f}"] if trained else ["", ""]
+        line.append(str(batch_in(whole.peak, row)) if trained and whole else "")
+        line.append(f"{row.flops / 1e9:.0f}" if trained else "")
+        if timed:
+            line.append("" if row.step_ms is None else f"{row.step_ms:.0f}")
+        lines.append(line)
+    return headings, lines
+
+
+def heading(lines: Sequence[dict[str, Any]], curve: str) -> str:
+    """What a curve's rows share, in a sentence."""
+    one = next(line for line in lines if line["curve"] == curve and "accuracy" in line)
+    return (
+        f"{curve}: {one['arch']} in {len(one['stages'])} stages, {one['task']}, {one['decoder']} decoders; "
+        f"{one['images']:,} images of {one['data']}, {one['epochs']} epochs of batch {one['batch_size']}"
+    )
+
+
+def markdown(lines: Sequence[dict[str, Any]]) -> str:
+    """All curves' tables."""
+    text = []
+    for curve, rows in points(lines).items():
+        headings, body = cells(rows)
+        text += [f"**{heading(lines, curve)}**", ""]
+        text += [f"| {' | '.join(headings)} |", f"|---|{'--:|' * (len(headings) - 1)}"]
+        text += [*(f"| {' | '.join(line)} |" for line in body), ""]
+    return "\n".join(text)
+
+
+def show(lines: Sequence[dict[str, Any]]) -> None:
+    """The same, in the terminal."""
+    console = Console()
+    for curve, rows in points(lines).items():
+        headings, body = cells(rows)
+        table = Table(title=heading(lines, curve), title_justify="left", box=SIMPLE_HEAVY, padding=(0, 1, 0, 0))
+        for place, name in enumerate(headings):
+            table.add_column(name.replace(", ", ",\n"), justify="right" if place else "left", no_wrap=place == 0)
+        for line in body:
+            table.add_row(*line)
+        console.print(table)
+    held_out = sorted({line["held_out"] for line in lines if "accuracy" in line})
+    console.print(
+        f"Linear read-out of the top stage on {' or '.join(map(str, held_out))} held-out images, %; ± standard deviation over "
+        "seeds, and half of the 95 % interval of the difference seed by seed. Peak: counted bytes of a step beside weights and "
+        "gradients; recomputed: with checkpoint=True, whose accuracy is the same. Largest batch: in the peak of end to end. "
+        "GFLOP and ms: of a step.",
+        style="dim",
+        highlight=False,
+    )
