@@ -26,7 +26,7 @@ import locallearn
 from locallearn import LocalWrapper
 
 OWN = str(Path(locallearn.__file__).parent)
-COMPUTE = ("decoders.py", "losses", "models")  # what a step would call without us
+COMPUTE = ("decoders", "losses", "models")  # what a step would call without us
 
 
 class Scale(nn.Module):

@@ -41,9 +41,10 @@ _SUCH_AS = {"sharing": "UpperOnly()", "plan": "Plan.windows(4, overlap=1)"}
 class LocalWrapper(nn.Module):
     """Trains ``model`` locally: units of neighbouring stages, each by its own loss through a small decoder.
 
-    A stage ends *after* each submodule named in ``stages``. What comes before the first cut belongs to stage 0; what comes
-    after the last one (pooling, a classifier) runs, but is not trained. Over a cut passes one tensor and nothing else: a
-    skip connection, a reused module or a shared parameter across it is refused.
+    A :term:`stage` ends *after* each submodule named in ``stages``. What comes before the first cut belongs to stage 0; what
+    comes after the last one (pooling, a classifier) runs, but is not trained. Over a cut passes one tensor and nothing else:
+    a skip connection, a reused module or a shared parameter across it is refused. A :term:`unit` is a run of stages with one
+    loss, whose :term:`decoder` reads the :term:`outlet` of the last of them.
 
     ``overlap=0`` is Greedy InfoMax, ``overlap=1`` LoCo, ``overlap=len(stages) - 1`` end-to-end training (SimCLR).
 

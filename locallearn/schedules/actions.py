@@ -11,7 +11,7 @@ from locallearn.plan import Plan
 
 @dataclass(frozen=True)
 class Forward:
-    """Run a stage; what it needs for a backward pass is kept until no unit needs it any more."""
+    """Run a :term:`stage`; what it needs for a backward pass is kept until no unit needs it any more."""
 
     stage: int
 
@@ -21,7 +21,7 @@ class Forward:
 
 @dataclass(frozen=True)
 class Train:
-    """Evaluate a unit's loss, and walk its gradient down the unit's stages."""
+    """Evaluate a :term:`unit`'s loss, and :term:`walk` its gradient down the unit's stages."""
 
     unit: int
 

@@ -10,7 +10,7 @@ from locallearn.plan import Plan, Unit
 
 
 class Sharing:
-    """Units of ``overlap + 1`` stages whose shared stages are trained by all of them."""
+    """:term:`Units <unit>` of ``overlap + 1`` stages whose shared stages are trained by all of them."""
 
     def plan(self, stages: int, overlap: int) -> Plan:
         """Which stages each unit reaches and updates."""
