@@ -40,7 +40,10 @@ def wrap(net: nn.Module, **options: object) -> LocalWrapper:
 @pytest.mark.parametrize(
     ("dtypes", "tolerance"),  # where gradients of biases nearly cancel, rounding is most of them
     [
-        ((torch.float32, torch.bfloat16, torch.bfloat16), 0.2),
+        (
+            (torch.float32, torch.bfloat16, torch.bfloat16),
+            0.3,
+        ),  # a small bias's gradient: 0.26 with torch 2.6's kernels
         ((torch.float32, torch.float64, torch.float64), 1e-2),
         ((torch.float64, torch.float32, torch.float64), 1e-2),
     ],
