@@ -100,10 +100,9 @@ class _Joined:
 
     def _first(self, *args: Any, **kwargs: Any) -> Any:
         given, shape = tree_flatten((args, kwargs))
-        tensors = list(
-            dict.fromkeys(leaf for leaf in given if isinstance(leaf, Tensor))
-        )  # q is k is v has to stay true
-        places = [tensors.index(leaf) if isinstance(leaf, Tensor) else None for leaf in given]
+        order: dict[Tensor, int] = {}  # a tensor that is given twice stays one: q is k is v
+        places = [order.setdefault(leaf, len(order)) if isinstance(leaf, Tensor) else None for leaf in given]
+        tensors = list(order)
         versions = [version(tensor) for tensor in tensors]
         compares = not self._learnt.same and all(map(has_values, tensors))
         replay = Replay(self._run[0], self._modules, self._forwards, self._again, self._learnt, compares=compares)

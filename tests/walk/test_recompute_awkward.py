@@ -437,6 +437,35 @@ def test_one_tensor_that_is_given_three_times_stays_one(policy: Any) -> None:
     assert_as_without(nn.Sequential(conv(3, 4), Attends(), Attends(), conv(4, 4)), [1, 2, 3], policy)
 
 
+class Given(nn.Module):
+    """Takes what it reads in every way there is, and returns more than one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = conv(4, 4)
+
+    def forward(
+        self, x: Tensor, both: tuple[Tensor, int], *, named: dict[str, Tensor], by: float
+    ) -> tuple[Tensor, Tensor]:
+        first, power = both
+        return self.conv(x) * named["y"] + first**power, by * named["y"].sin()
+
+
+class Gives(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.before = Given(), conv(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.before(x).mean((2, 3), keepdim=True)
+        one, other = self.inner(x, (x, 2), named={"y": y}, by=0.5)
+        return one + other
+
+
+def test_tensors_are_given_by_place_by_name_and_inside_of_containers() -> None:
+    assert_as_without(nn.Sequential(conv(3, 4), Gives(), Gives(), conv(4, 4)), [1, 2, 3], (Given, Gives))
+
+
 @pytest.mark.parametrize("kind", ["looks", "changes", "before", "backward"])
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 def test_hooks_of_all_modules_see_what_they_would_see(kind: str) -> None:
