@@ -27,6 +27,7 @@ INSIDE = {  # likewise within a wing
         {"local_pass"},
         {"cuts", "recompute", "isolation"},
         {"intercept", "replay"},
+        {"writes"},
         {"sameness", "segment", "gradients"},
         {"undo", "hooks", "named"},
     ],

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from locallearn._fitting.quiet import undisturbed
-from locallearn._walk.segment import cut
+from locallearn._walk.segment import cut, version
 from locallearn._walk.undo import attached
 
 Place: TypeAlias = tuple[Any, int]  # a node of the graph, and which of its outputs
@@ -61,13 +61,13 @@ def links(backbone: nn.Module, batch: Tensor) -> list[Link]:
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         alone = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
-        inlets.setdefault(module, []).append((args[0], args[0]._version) if alone else (None, 0))
+        inlets.setdefault(module, []).append((args[0], version(args[0])) if alone else (None, 0))
 
     def leave(module: nn.Module, args: Any, output: object) -> None:
-        inlet, version = inlets[module].pop()
+        inlet, before = inlets[module].pop()
         if not isinstance(output, Tensor) or output.grad_fn is None:
             return
-        if output is inlet and output._version == version:
+        if output is inlet and version(output) == before:
             passed.append(output)
             return
         place, made = (output.grad_fn, output.output_nr), output.grad_fn._sequence_nr()

@@ -9,18 +9,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from locallearn._walk.sameness import has_values
 from locallearn._walk.segment import version
 from locallearn._walk.undo import Reverted
 
 
 def undisturbed(*modules: nn.Module) -> Reverted[None]:
-    """Runs what is inside in eval mode, then puts back every submodule's mode, buffers and attributes, and the random state.
+    """Runs what is inside in eval mode, then puts back what every submodule has, and the random state.
+
+    That is modes, buffers, weights and attributes. Frozen weights that outweigh the trained ones are not copied for that: a
+    large network with small adapters may have no room for it, and a moving average is no larger than what it follows.
 
     Attributes are what ``self.name = value`` sets in a forward: a cache, or the weight that spectral normalisation makes
     anew each time, whose graph no one could copy. They stay where the forward has built parameters or submodules.
     """
     parts = list(dict.fromkeys(part for module in modules for part in module.modules()))
-    kept = [_Part(part) for part in parts]
+    weights = [
+        weight for part in parts for weight in part._parameters.values() if weight is not None and not is_lazy(weight)
+    ]
+    trained = sum(weight.numel() for weight in weights if weight.requires_grad)
+    frozen = sum(weight.numel() for weight in weights if not weight.requires_grad)
+    kept = [_Part(part, frozen=frozen <= trained) for part in parts]
     built = _built(parts)
     gpus = {t.device.index for module in modules for t in module.parameters() if t.is_cuda}
     random = torch.get_rng_state()
@@ -51,13 +60,20 @@ def _built(parts: list[nn.Module]) -> list[tuple[int, bool]]:
 class _Part:
     """What one submodule has of its own."""
 
-    def __init__(self, part: nn.Module) -> None:
+    def __init__(self, part: nn.Module, *, frozen: bool) -> None:
         self._part, self._mode = part, part.training
         scripted = isinstance(part, torch.jit.ScriptModule)  # whose attributes live elsewhere
         self._attributes = {} if scripted else dict(part.__dict__)
         self._inside = [(held, held.copy()) for held in self._attributes.values() if type(held) in _CONTAINERS]
-        buffers = {name: buffer for name, buffer in part._buffers.items() if buffer is not None and not is_lazy(buffer)}
-        self._buffers = {name: (buffer, version(buffer), buffer.clone()) for name, buffer in buffers.items()}
+        self._registered: list[tuple[dict[str, Any], str, Tensor, int, Tensor]] = []
+        for held in (part._buffers, part._parameters):
+            for name, tensor in held.items():
+                if (
+                    tensor is not None
+                    and not is_lazy(tensor)
+                    and (held is part._buffers or frozen or tensor.requires_grad)
+                ):
+                    self._registered.append((held, name, tensor, version(tensor), tensor.detach().clone()))
 
     def put_back(self, *, attributes: bool) -> None:
         if attributes:
@@ -68,11 +84,11 @@ class _Part:
             for held, before in self._inside:
                 _fill(held, before)
         self._part.training = self._mode
-        for name, (buffer, before, value) in self._buffers.items():
-            if dict(self._part._buffers).get(name) is not buffer:
-                self._part._buffers[name] = buffer
-            if version(buffer) != before or _differ(buffer, value):
-                buffer.detach().copy_(value)
+        for held, name, tensor, before, value in self._registered:
+            if held.get(name) is not tensor:
+                held[name] = tensor
+            if version(tensor) != before or _differ(tensor, value):
+                tensor.detach().copy_(value)
 
 
 _CONTAINERS = (dict, OrderedDict, list, set)
@@ -90,6 +106,6 @@ def _content(held: Any) -> list[Any]:
     return sorted(map(id, values)) if isinstance(held, set) else [id(value) for value in values]
 
 
-def _differ(buffer: Tensor, value: Tensor) -> bool:
+def _differ(tensor: Tensor, value: Tensor) -> bool:
     """Told by the numbers, where there are any: batch normalisation writes its statistics without a new version."""
-    return type(buffer) is Tensor and not buffer.is_meta and not torch.equal(buffer, value)
+    return has_values(tensor) and has_values(value) and not torch.equal(tensor, value)

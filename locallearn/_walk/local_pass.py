@@ -113,14 +113,15 @@ class LocalPass:
             while self._actions and isinstance(action := self._actions[0], Train):
                 self._actions.popleft()
                 self._train(action.unit)
-        crossed = any(self._walks_below(unit, stage + 1) for unit in self._spanning[stage])
-        # hooks on the backward of a stage's first module see a gradient of its input, whether it is walked on or not
-        self._inlet, handed_on = cut(outlet, differentiable=crossed or (self._watched and stage + 1 in self._last_uses))
+            crossed = any(self._walks_below(unit, stage + 1) for unit in self._spanning[stage])
+            # hooks on the backward of a stage's first module see a gradient of its input, whether it is walked on or not
+            asked = crossed or (self._watched and stage + 1 in self._last_uses)
+            self._inlet, handed_on = cut(outlet, differentiable=asked)
         if self._inlet is not None:
             self._isolation.opens(stage + 1, self._inlet)
         if stage == self._highest:
             torch.set_grad_enabled(False)
-        return handed_on
+        return outlet if outlet.is_inference() else handed_on
 
     def _walks_below(self, unit: Unit, stage: int) -> bool:
         """Whether there is something to train for ``unit`` below ``stage``."""

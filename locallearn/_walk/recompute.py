@@ -107,8 +107,12 @@ class _Joined:
         compares = not self._learnt.same and all(map(has_values, tensors))
         replay = Replay(self._run[0], self._modules, self._forwards, self._again, self._learnt, compares=compares)
         constants = [None if isinstance(leaf, Tensor) else leaf for leaf in given]
+        original = [(args, kwargs)]  # for the first run, which may put something into a list that it is given
 
         def run(*tensors: Tensor) -> Any:
+            if original:
+                args, kwargs = original.pop()
+                return replay(*args, **kwargs)
             leaves = [leaf if at is None else tensors[at] for leaf, at in zip(constants, places, strict=True)]
             args, kwargs = tree_unflatten(leaves, shape)
             return replay(*args, **kwargs)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from threading import RLock, get_ident
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, UntypedStorage, nn
+from torch.utils._pytree import tree_leaves
 
 from locallearn._walk.sameness import OtherState, alike, has_values, samples
 from locallearn._walk.segment import version
+from locallearn._walk.writes import Writes
 
 _SWAPPING = RLock()  # or one thread would put back another's stand-ins
 
@@ -32,7 +34,7 @@ class Learnt:
 
     Attributes:
         same: a second run was compared with its first one, and had done the same.
-        changed: the trained weights that their forward changes in place.
+        changed: the weights that their forward changes in place, of which else no copy would be kept.
     """
 
     same: bool = False
@@ -83,7 +85,8 @@ class Replay:
             if self._other_state is None:
                 return self._run(*args, **kwargs)
             other_state = OtherState(self._parts)
-            result = self._run(*args, **kwargs)
+            with Writes():  # as the first time: compiled code runs as it was written under such a mode
+                result = self._run(*args, **kwargs)
             if not stepped:
                 self._check(samples(result), self._other_state, other_state.changed())
         self._learnt.same = True
@@ -91,12 +94,12 @@ class Replay:
 
     def _first(self, *args: Any, **kwargs: Any) -> Any:
         other_state = OtherState(self._parts) if self._compares else None
-        state = _Registered(self._parts, None if self._compares else self._learnt.changed)
-        result = self._run(*args, **kwargs)
+        size = sum(leaf.nbytes for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        state = _Registered(self._parts, None if self._compares else self._learnt.changed, size)
+        with state.watch():
+            result = self._run(*args, **kwargs)
         self._before = state.changed()
-        changed = {
-            place for place, tensor in self._before.items() if isinstance(tensor, Tensor) and tensor.requires_grad
-        }
+        changed = {place for place in self._before if place.kind == "_parameters" and not state.expected(place)}
         if other_state is not None:
             self._learnt.changed |= changed
             self._results, self._other_state = samples(result), other_state.changed()
@@ -164,26 +167,47 @@ def _put(held: dict[str, Any], name: str, value: Any) -> None:
 class _Registered:
     """Weights and buffers of some modules, from now on.
 
-    Whether a tensor has changed cannot always be told (``tensor.data`` and BatchNorm leave no new version), so whatever is
-    not trained counts as changed.
+    Whether a tensor has changed cannot always be told (``tensor.data`` and BatchNorm leave no new version). So buffers count
+    as changed whatever happens, and so do frozen weights, unless they are many: those of a large network with small adapters
+    would take more memory than recomputing them saves.
 
     Args:
         parts: the modules.
-        changing: the trained weights that are known to change in a forward. ``None`` where that is to be learnt: keeps copies
-            of all weights, and tells changes by value, too.
+        changing: the weights that are known to change in a forward. ``None`` where that is to be learnt: keeps copies of all
+            weights, and tells changes by value and by what is written, too.
+        size: of the modules' input; frozen weights of as much are not many.
     """
 
-    def __init__(self, parts: Sequence[nn.Module], changing: frozenset[Place] | None) -> None:
+    def __init__(self, parts: Sequence[nn.Module], changing: frozenset[Place] | None, size: int) -> None:
         self._parts, self._changing = parts, changing
         self._was: dict[Place, Tensor | None] = dict(self._places())
+        frozen = {
+            t for place, t in self._was.items() if t is not None and place.kind == "_parameters" and not t.requires_grad
+        }
+        self._few = sum(weight.nbytes for weight in frozen) <= size
+        self._writes = Writes()
         registered = dict.fromkeys(tensor for tensor in self._was.values() if tensor is not None)
         self._versions = {tensor: version(tensor) for tensor in registered}
+        learns = changing is None
+        self._memory = {t: t.untyped_storage().data_ptr() for t in registered if learns and has_values(t)}
         self._copies = copies(
             tensor for place, tensor in self._was.items() if tensor is not None and self._keeps(place, tensor)
         )
 
     def _keeps(self, place: Place, tensor: Tensor) -> bool:
-        return self._changing is None or not tensor.requires_grad or place in self._changing
+        return self._changing is None or place in self._changing or self._suspect(place, tensor)
+
+    def _suspect(self, place: Place, tensor: Tensor) -> bool:
+        return place.kind == "_buffers" or (self._few and not tensor.requires_grad)
+
+    def expected(self, place: Place) -> bool:
+        """Whether a copy is kept in any case."""
+        tensor = self._was.get(place)
+        return tensor is None or self._suspect(place, tensor)
+
+    def watch(self) -> AbstractContextManager[object]:
+        """While open, notes what is written, where changes are to be learnt."""
+        return nullcontext() if self._changing is not None else self._writes
 
     def _places(self) -> Iterator[tuple[Place, Tensor | None]]:
         for at, part in enumerate(self._parts):
@@ -201,11 +225,15 @@ class _Registered:
         return before
 
     def _written(self, place: Place, tensor: Tensor) -> bool:
-        if not tensor.requires_grad or version(tensor) != self._versions[tensor]:
+        if self._suspect(place, tensor) or version(tensor) != self._versions[tensor]:
             return True
-        if self._changing is None:
-            return has_values(tensor) and not torch.equal(tensor, self._copies[tensor])
-        return place in self._changing
+        if self._changing is not None:
+            return place in self._changing
+        if not has_values(tensor):
+            return False
+        memory = tensor.untyped_storage().data_ptr()
+        written = memory != self._memory[tensor] or memory in self._writes.memory
+        return written or not torch.equal(tensor, self._copies[tensor])
 
 
 def copies(tensors: Iterable[Tensor]) -> dict[Tensor, Tensor]:
@@ -216,13 +244,16 @@ def copies(tensors: Iterable[Tensor]) -> dict[Tensor, Tensor]:
     found: dict[Tensor, Tensor] = {}
     with torch.no_grad():
         for tensor in unique:
-            at = tensor.untyped_storage().data_ptr() if has_values(tensor) else 0
-            if memory[at] > 1:
+            at = tensor.untyped_storage().data_ptr() if has_values(tensor) else None
+            if at is not None and memory[at] > 1:
                 if at not in moved:
                     moved[at] = tensor.untyped_storage().clone()  # type: ignore[no-untyped-call]
                 copy = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
                 copy.set_(moved[at], tensor.storage_offset(), tensor.shape, tensor.stride())
             else:
                 copy = tensor.detach().clone()
+            if isinstance(tensor, nn.Parameter):
+                copy = copy.as_subclass(type(tensor))
+                copy.__dict__.update(tensor.__dict__)
             found[tensor] = copy.requires_grad_(tensor.requires_grad)
     return found

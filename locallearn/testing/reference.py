@@ -163,9 +163,9 @@ def _forward(model: LocalWrapper, views: Sequence[Tensor], targets: Any) -> tupl
         def call(*args: Any, **kwargs: Any) -> Tensor:
             output: Tensor = end._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
             ran.append(stage)
-            outlets.append(output.clone())  # since the next stage may begin with an operation in place
-            if ran == list(range(stage + 1)):
-                with torch.enable_grad():
+            with torch.inference_mode(False), torch.enable_grad():  # whatever the backbone has set around this place
+                outlets.append(output.clone())  # since the next stage may begin with an operation in place
+                if ran == list(range(stage + 1)):
                     losses.update({k: _evaluated(model, k, outlets, len(views), targets) for k in due[stage]})
             return output
 

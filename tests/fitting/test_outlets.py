@@ -110,3 +110,36 @@ def test_the_user_may_say_where_the_channels_are() -> None:
     assert model.decoders[0].channels == 6
     with pytest.raises(ValueError, match="channel_axis is 1, -1 or None; got 2"):
         LocalWrapper(audio, [0, 1], decoder=MLPDecoder, example=torch.rand(2, 1, 16), channel_axis=2)
+
+
+class Moves(nn.Module):
+    """Changes what is registered whenever it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.average = nn.Parameter(torch.ones(1), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.average.data.mul_(0.9)
+        with torch.no_grad():
+            self.conv.weight.mul_(0.5)
+        return self.conv(x) * self.average
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_wrapping_changes_no_weights(checkpoint: bool) -> None:
+    net = nn.Sequential(Moves(), nn.Conv2d(4, 4, 3))
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    LocalWrapper(net, [0, 1], decoder=MLPDecoder, example=torch.rand(2, 3, 8, 8), checkpoint=checkpoint)
+    torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
+def test_sparse_buffers_are_no_obstacle() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3))
+    net.register_buffer("adjacency", torch.eye(3).to_sparse())
+    net[0].register_buffer("adjacency", torch.eye(3).to_sparse_csr())
+    for checkpoint in (False, nn.Conv2d):
+        model = LocalWrapper(net, [0, 1], decoder=MLPDecoder, example=torch.rand(2, 3, 8, 8), checkpoint=checkpoint)
+        model.local_step(*torch.rand(2, 2, 3, 8, 8))

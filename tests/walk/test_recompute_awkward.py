@@ -20,6 +20,7 @@ from zoo import conv, small_net
 
 from locallearn import LocalWrapper, MLPDecoder
 from locallearn._fitting.recomputed import runs
+from locallearn.memory import measure
 
 
 def views(size: int = 8) -> tuple[Tensor, ...]:
@@ -81,6 +82,21 @@ def test_a_run_does_not_reach_into_a_recomputed_block() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3), NormAct(), nn.Conv2d(4, 4, 3), NormAct())
     assert list(runs(net, ["1", "3"], True, torch.rand(2, 3, 8, 8))) == [("1",), ("3",)]
     assert_as_without(net, [1, 3])
+
+
+class ConvNormAct(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = conv(4, 4), nn.GroupNorm(2, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x)).sigmoid()
+
+
+def test_a_block_of_simple_layers_is_recomputed_once_as_a_whole() -> None:
+    net = nn.Sequential(conv(3, 4), nn.Tanh(), ConvNormAct(), conv(4, 4))
+    assert list(runs(net, ["3"], True, torch.rand(2, 3, 8, 8))) == [("0", "1"), ("2",)]
+    assert_as_without(net, [2, 3])
 
 
 @pytest.mark.parametrize(
@@ -169,6 +185,12 @@ def test_modules_that_are_checkpointed_by_hooks_are_as_without() -> None:
         results.append(gradients(model.backbone))
     for found in results[1:]:
         assert_same(found, results[0])
+
+
+def test_a_run_ends_where_a_container_begins_that_checkpoints_itself() -> None:
+    net = nn.Sequential(conv(3, 4), Mine(nn.BatchNorm2d(4, track_running_stats=False), nn.Tanh(), PreAct()), conv(4, 4))
+    assert not any({"0", "1.0"} <= set(run) for run in runs(net, ["2"], True, torch.rand(2, 3, 8, 8)))
+    assert_as_without(net, [1, 2])
 
 
 class PartlyMine(nn.Module):
@@ -464,6 +486,111 @@ class Gives(nn.Module):
 
 def test_tensors_are_given_by_place_by_name_and_inside_of_containers() -> None:
     assert_as_without(nn.Sequential(conv(3, 4), Gives(), Gives(), conv(4, 4)), [1, 2, 3], (Given, Gives))
+
+
+class Scales(nn.Module):
+    """Two scalars of the same value, and a list into which it writes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = conv(4, 4)
+
+    def forward(self, x: Tensor, one: Tensor, other: Tensor, extra: list[Tensor]) -> Tensor:
+        x = self.conv(x) * one
+        extra.append(x.sin())
+        return x.tanh() * other.square()
+
+
+class HasScales(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Parameter(torch.tensor(0.5)), nn.Parameter(torch.tensor(0.5))
+        self.inner = Scales()
+
+    def forward(self, x: Tensor) -> Tensor:
+        extra: list[Tensor] = []
+        return self.inner(x, self.one, self.other, extra) + torch.stack(extra).sum(0)
+
+
+def test_tensors_are_told_apart_by_identity_and_lists_are_the_callers_own() -> None:
+    assert_as_without(nn.Sequential(conv(3, 4), HasScales(), HasScales(), conv(4, 4)), [1, 2, 3], Scales)
+
+
+class Frozen(nn.Parameter):
+    """A kind of its own, with an attribute, as quantised weights are."""
+
+
+class UsesItsKind(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = conv(4, 4)
+        self.scale = Frozen(torch.ones(4, 1, 1), requires_grad=False)
+        self.scale.power = 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert isinstance(self.scale, Frozen)
+        return self.conv(x).sin() * self.scale**self.scale.power
+
+
+def test_frozen_parameters_keep_their_kind_and_attributes() -> None:
+    net = nn.Sequential(conv(3, 4), UsesItsKind(), UsesItsKind(), conv(4, 4))
+    model = wrap(net, [1, 2, 3], UsesItsKind)
+    model.local_step(*views())
+    model.local_step(*views())
+
+
+class Adapted(nn.Module):
+    """A large frozen layer with a small trained one beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.large = nn.Linear(64, 64).requires_grad_(False)
+        self.small = nn.Sequential(nn.Linear(64, 1), nn.Linear(1, 64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.large(x) + self.small(x)).tanh()
+
+
+def test_many_frozen_weights_that_do_not_change_are_not_copied() -> None:
+    def peak(policy: Any) -> int:
+        net = nn.Sequential(*[Adapted() for _ in range(3)])
+        model = LocalWrapper(net, [0, 1, 2], 0, lambda c: nn.Identity(), example=torch.rand(2, 64), checkpoint=policy)
+        model.local_step(*torch.rand(2, 4, 64))
+        return measure(lambda: model.local_step(*torch.rand(2, 4, 64))).peak_bytes
+
+    assert peak(Adapted) <= peak(False) + 64 * 64 * 8 // 2
+
+
+@pytest.mark.parametrize("by", ["lerp", "assignment"])
+def test_many_frozen_weights_that_follow_others_without_a_new_version_are_as_without(by: str) -> None:
+    class Follows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = conv(4, 4)
+            self.average = copy.deepcopy(self.conv).requires_grad_(False)
+            self.ballast = nn.Parameter(torch.zeros(100_000), requires_grad=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for ours, theirs in zip(self.average.parameters(), self.conv.parameters(), strict=True):
+                if by == "lerp":
+                    ours.data.lerp_(theirs.data, 0.5)
+                else:
+                    ours.data = ours.data * 0.5 + theirs.data * 0.5
+            return self.conv(x).tanh() * self.average(x)
+
+    net = nn.Sequential(conv(3, 4), Follows(), Follows(), conv(4, 4))
+    plain, again = wrap(net, [1, 2, 3], False), wrap(copy.deepcopy(net), [1, 2, 3], Follows)
+    again.load_state_dict(plain.state_dict())
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in (plain, again)]
+    for _ in range(3):
+        pair = views()
+        for model, optimizer in zip((plain, again), optimizers, strict=True):
+            optimizer.zero_grad()
+            model.local_step(*pair)
+        assert_same(gradients(again), gradients(plain))
+        for optimizer in optimizers:
+            optimizer.step()
+    assert_same(dict(again.named_parameters()), dict(plain.named_parameters()))
 
 
 @pytest.mark.parametrize("kind", ["looks", "changes", "before", "backward"])

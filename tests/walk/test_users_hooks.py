@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from zoo import Chain, conv, small_net
 
 from locallearn import LocalWrapper, MLPDecoder, Plan, Unit
+from locallearn.testing import assert_local_gradients
 
 ABC = ["a", "b", "c"]
 Seen = dict[str, list[tuple[Tensor | None, Tensor]]]
@@ -220,6 +221,30 @@ def test_a_context_over_two_stages_is_as_in_plain_training(context: Any, units: 
     assert_same(gradients(model), expected)
 
 
+class HandsOn(Chain):
+    """Ends a stage inside of a ``no_grad`` that does nothing: its outlet has a graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.end = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(self.stem(x))
+        with torch.no_grad():
+            x = self.end(x)
+        return self.c(self.b(x))
+
+
+@pytest.mark.parametrize("overlap", [0, 1, 2])
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_an_outlet_with_a_graph_is_walked_through_whatever_is_set_around_it(overlap: int, entry: str) -> None:
+    model, pair = wrap(HandsOn(), ["end", "b", "c"], overlap=overlap), views()
+    expected = oracle(model, *pair)[1]
+    assert "backbone.a.weight" in expected
+    ENTRIES[entry](model, *pair)
+    assert_same(gradients(model), expected)
+
+
 class InInference(Chain):
     def forward(self, x: Tensor) -> Tensor:
         with torch.inference_mode():
@@ -228,11 +253,12 @@ class InInference(Chain):
 
 
 @pytest.mark.parametrize("overlap", [0, 1])
-@pytest.mark.parametrize("checkpoint", [False, nn.Conv2d])
+@pytest.mark.parametrize("checkpoint", [False, True, nn.Conv2d])
 def test_a_decoder_at_a_cut_in_inference_mode_is_trained(overlap: int, checkpoint: Any) -> None:
     net = InInference()
     plain = copy.deepcopy(net)
     model, pair = wrap(net, ["stem", "a", "c"], overlap=overlap, checkpoint=checkpoint), views()
+    assert_local_gradients(model, *pair)
     model.local_step(*pair)
     features = plain.a(plain.stem(torch.cat(pair))).detach()
     decoders = copy.deepcopy(model.decoders)
