@@ -220,10 +220,13 @@ class LocalWrapper(nn.Module):
         if accumulator is not None and grad_scale is None:
             warn_of_fp16(batch.device.type)
 
+        rows = len(batch)
+
         def evaluate(k: int, features: Tensor) -> Tensor:
             loss = self.loss[k] if isinstance(self.loss, nn.ModuleList) else self.loss
-            last = self.plan.units[k].last
-            check_rows(last, self.stages[last], features, len(batch))
+            if not features.ndim or features.shape[0] != rows:
+                last = self.plan.units[k].last
+                check_rows(last, self.stages[last], features, rows)
             return unit_loss(k, self.decoders[k], loss, len(views), targets, features)
 
         torch.clear_autocast_cache()  # a weight cast under no_grad before would be found there, without its graph

@@ -120,9 +120,11 @@ def hooked(ends: Sequence[nn.Module], on_outlet: Callable[[int, Any], Any]) -> R
         result = original(*args, **kwargs)
         return hand_on(stage, result)
 
-    watched = [(stage, end) for stage, end in enumerate(ends) if has_backward_hooks(end)]  # a stage ends behind those
-    hooks = attached({}, {end: hook(stage) for stage, end in enumerate(ends) if (stage, end) not in watched})
-    calls = intercepted([Interception(end, True, concerned, partial(call, stage)) for stage, end in watched])
+    watched = [end for end in ends if has_backward_hooks(end)] if has_backward_hooks(*ends) else []
+    hooks = attached({}, {end: hook(stage) for stage, end in enumerate(ends) if end not in watched})
+    calls = intercepted(  # a stage ends behind the hooks on its backward
+        [Interception(end, True, concerned, partial(call, stage)) for stage, end in enumerate(ends) if end in watched]
+    )
 
     def on() -> Callable[[], bool]:
         hooks.__enter__()

@@ -57,6 +57,7 @@ class LocalPass:
         self._highest = max(self._last_uses)  # what lies above needs no graph
         self._isolation = Isolation(backbone, cuts)
         self._ran: list[int] = []
+        self._in_order = True
         self._inlet: Tensor | None = None
         self._segments: dict[int, Segment] = {}
         self._pending: dict[int, list[Tensor]] = {}  # gradients at outlets for which weights still wait
@@ -93,11 +94,12 @@ class LocalPass:
 
     def _outlet(self, stage: int, output: object) -> object:
         """A stage has ended: keeps its segment, trains the units that are due, and begins the next stage."""
+        self._in_order = self._in_order and stage == len(self._ran)
         self._ran.append(stage)
-        if self._ran != list(range(len(self._ran))):
+        if not self._in_order:
             return output  # the forward runs to its end, so that check_order can tell the whole story
         outlet = one_tensor(stage, self._cuts[stage], output)
-        if self._accumulator is not None and in_checkpoint():
+        if self._accumulator is not None and in_checkpoint(LocalPass.run.__code__):
             raise RuntimeError(
                 f"stage {stage} ends after {self._cuts[stage]!r}, inside of a function that the backbone checkpoints itself: it "
                 "would run again across the cut. Checkpoint parts of a stage, so that none of the cuts lies inside of one: "

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from threading import get_ident
+from types import CodeType, FrameType
 from typing import Any, TypeAlias
 
 import torch
@@ -141,13 +142,16 @@ class _Joined:
         return args[0]
 
 
-def in_checkpoint() -> bool:
-    """Whether the caller runs inside of ``torch.utils.checkpoint``, and not by our own call of it."""
-    frame = sys._getframe(1)
-    while frame is not None:
+def in_checkpoint(until: CodeType | None = None) -> bool:
+    """Whether the caller runs inside of ``torch.utils.checkpoint``, and not by our own call of it.
+
+    Callers are looked at up to one that runs ``until``, if there is one.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not until:
         if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
             return True
         if frame.f_code is Replay._run.__code__:
             return False
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return False

@@ -32,7 +32,9 @@ class _Seed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, outlet: Tensor, box: list[Tensor]) -> Tensor:
         ctx.box = box
-        return outlet.new_zeros((), dtype=outlet.dtype.to_real())  # a backward starts from a real number
+        return (
+            outlet.new_zeros((), dtype=outlet.dtype.to_real()) if outlet.is_complex() else outlet.new_zeros(())
+        )  # a backward starts from a real number
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
