@@ -255,4 +255,4 @@ def networks(draw: st.DrawFn) -> Drawn:
         for at in draw(st.sets(st.integers(0, len(modules) - 1), min_size=1, max_size=3)):
             HOOKS[draw(st.sampled_from(list(HOOKS)), label="hook")](modules[at])
     single = any(isinstance(module, Single) for module in modules)
-    return Drawn(backbone, cuts, policy, 1e-4 if single else 1e-8)
+    return Drawn(backbone, cuts, policy, 1e-3 if single else 1e-8)

@@ -62,8 +62,8 @@ class _Part:
 
     def __init__(self, part: nn.Module, *, frozen: bool) -> None:
         self._part, self._mode = part, part.training
-        scripted = isinstance(part, torch.jit.ScriptModule)  # whose attributes live elsewhere
-        self._attributes = {} if scripted else dict(part.__dict__)
+        self._scripted = isinstance(part, torch.jit.ScriptModule)  # whose attributes live elsewhere
+        self._attributes = {} if self._scripted else dict(part.__dict__)
         self._inside = [(held, held.copy()) for held in self._attributes.values() if type(held) in _CONTAINERS]
         self._registered: list[tuple[dict[str, Any], str, Tensor, int, Tensor]] = []
         for held in (part._buffers, part._parameters):
@@ -85,7 +85,7 @@ class _Part:
                 _fill(held, before)
         self._part.training = self._mode
         for held, name, tensor, before, value in self._registered:
-            if held.get(name) is not tensor:
+            if not self._scripted and held.get(name) is not tensor:
                 held[name] = tensor
             if version(tensor) != before or _differ(tensor, value):
                 tensor.detach().copy_(value)

@@ -7,6 +7,7 @@ from functools import partial
 from itertools import groupby
 from typing import TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from locallearn._fitting.chain import Link, links
@@ -54,7 +55,13 @@ def runs(backbone: nn.Module, cuts: Sequence[str], policy: Policy, batch: Tensor
         raise ValueError(
             f"checkpoint= recomputes modules inside of which stages end: {torn}. Choose smaller parts, or move the cuts"
         )
-    return {run: Learnt() for run in apart(found)}
+    return {run: Learnt() for run in apart(found) if not _scripted(backbone, run)}
+
+
+def _scripted(backbone: nn.Module, run: Run) -> bool:
+    """Whether something in it went through ``torch.jit``: its buffers cannot be told apart from outside, nor swapped."""
+    parts = (part for name in run for part in backbone.get_submodule(name).modules())
+    return any(isinstance(part, torch.jit.ScriptModule) for part in parts)
 
 
 def _is_a(kind: type[nn.Module], module: nn.Module) -> bool:

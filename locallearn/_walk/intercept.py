@@ -70,18 +70,22 @@ def intercepted(interceptions: Sequence[Interception]) -> Reverted[None]:
     names = [interception.name for interception in interceptions]
 
     def install() -> None:
-        for interception, name in zip(interceptions, names, strict=True):
-            attributes = interception.module.__dict__
-            with _INSTALLING:
+        try:
+            _INSTALLING.acquire()
+            for interception, name in zip(interceptions, names, strict=True):
+                attributes = interception.module.__dict__
                 if not isinstance(attributes.get(name), _Proxy):
                     attributes[name] = _Proxy(original(interception), attributes.get(name, _ABSENT))
                 proxy = attributes[name]
                 proxy.interceptions = (interception, *proxy.interceptions)
+        finally:
+            _release()
 
     def remove() -> None:
-        for interception, name in zip(interceptions, names, strict=True):
-            attributes = interception.module.__dict__
-            with _INSTALLING:
+        try:
+            _INSTALLING.acquire()
+            for interception, name in zip(interceptions, names, strict=True):
+                attributes = interception.module.__dict__
                 proxy = attributes.get(name)
                 if not isinstance(proxy, _Proxy):
                     continue
@@ -90,5 +94,13 @@ def intercepted(interceptions: Sequence[Interception]) -> Reverted[None]:
                     attributes.pop(name, None)
                 elif not proxy.interceptions:
                     attributes[name] = proxy.kept
+        finally:
+            _release()
 
     return Reverted(install, remove)
+
+
+def _release() -> None:
+    """Lets other threads go on: however often this one has acquired the lock, if an interrupt kept it from releasing it."""
+    while _INSTALLING._is_owned():  # type: ignore[attr-defined]
+        _INSTALLING.release()

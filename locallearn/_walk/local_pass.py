@@ -67,13 +67,10 @@ class LocalPass:
         """Runs the backbone on ``batch`` and returns the units' losses, detached scalars."""
         cuts = hooked(self._ends, self._outlet)
         try:
-            with (
-                torch.set_grad_enabled(self._accumulator is not None),
-                cuts,
-                cuts as concerned,  # twice, see Reverted
-                recomputed(self._backbone, self._runs, concerned),
-            ):
-                self._backbone(batch)
+            with torch.set_grad_enabled(self._accumulator is not None), cuts, cuts as concerned:  # twice, see Reverted
+                parts = recomputed(self._backbone, self._runs, concerned)
+                with parts, parts:
+                    self._backbone(batch)
         except CheckpointError as error:
             raise RuntimeError(
                 "what runs again in the backward did something else than in the forward: other operations, or on other shapes. "

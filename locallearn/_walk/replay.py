@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from threading import RLock, get_ident
+from threading import get_ident
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, UntypedStorage, nn
 from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 
 from locallearn._walk.sameness import OtherState, alike, has_values, samples
 from locallearn._walk.segment import version
+from locallearn._walk.undo import Reverted
 from locallearn._walk.writes import Writes
 
-_SWAPPING = RLock()  # or one thread would put back another's stand-ins
+_ORIGINALS: Any = (
+    WeakIdKeyDictionary()
+)  # of stand-ins: another thread may find one where it looks for the tensor itself
 
 
 class Place(NamedTuple):
@@ -71,7 +75,10 @@ class Replay:
     ) -> None:
         self._name, self._forwards, self._again, self._learnt = name, forwards, again, learnt
         self._compares = compares
-        self._parts = list(dict.fromkeys(part for module in modules for part in module.modules()))
+        parts = dict.fromkeys(part for module in modules for part in module.modules())
+        self._parts = [
+            part for part in parts if not isinstance(part, torch.jit.ScriptModule)
+        ]  # whose state lives elsewhere
         self._before: dict[Place, Tensor | None] | None = None  # what changed, as it was
         self._results: list[Tensor] = []
         self._versions: list[int] = []
@@ -81,14 +88,18 @@ class Replay:
         if self._before is None:
             return self._first(*args, **kwargs)
         stepped = self._trained() != self._versions  # by an optimiser that did not wait for the end of the backward
-        with self._as_before(self._before):
-            if self._other_state is None:
-                return self._run(*args, **kwargs)
-            other_state = OtherState(self._parts)
-            with Writes():  # as the first time: compiled code runs as it was written under such a mode
-                result = self._run(*args, **kwargs)
-            if not stepped:
-                self._check(samples(result), self._other_state, other_state.changed())
+        as_before = self._as_before(self._before)
+        with as_before, as_before:  # twice, see Reverted
+            return self._second(stepped, args, kwargs)
+
+    def _second(self, stepped: bool, args: Any, kwargs: Any) -> Any:
+        if self._other_state is None:
+            return self._run(*args, **kwargs)
+        other_state = OtherState(self._parts)
+        with Writes():  # as the first time: compiled code runs as it was written under such a mode
+            result = self._run(*args, **kwargs)
+        if not stepped:
+            self._check(samples(result), self._other_state, other_state.changed())
         self._learnt.same = True
         return result
 
@@ -128,24 +139,29 @@ class Replay:
         weights = [weight for part in self._parts for weight in part._parameters.values() if weight is not None]
         return [version(weight) for weight in weights if weight.requires_grad]
 
-    @contextmanager
-    def _as_before(self, before: dict[Place, Tensor | None]) -> Iterator[None]:
+    def _as_before(self, before: dict[Place, Tensor | None]) -> Reverted[None]:
+        """The modules in the state that they had before the first run."""
         held = {place: getattr(self._parts[place.module], place.kind) for place in before}
+        again = copies(tensor for tensor in before.values() if isinstance(tensor, Tensor))
+        now = {place: _itself(held[place], place.name) for place in before}
+        for place, tensor in before.items():
+            if isinstance(tensor, Tensor) and isinstance(now[place], Tensor):
+                _ORIGINALS[again[tensor]] = now[place]
         here = get_ident()
         outermost = here not in self._again
-        with _SWAPPING if before else nullcontext():
-            again = copies(tensor for tensor in before.values() if isinstance(tensor, Tensor))
-            now = {place: held[place].get(place.name, _ABSENT) for place in before}
-            try:
-                self._again.add(here)
-                for place, tensor in before.items():
-                    _put(held[place], place.name, again[tensor] if isinstance(tensor, Tensor) else tensor)
-                yield
-            finally:
-                for place, tensor in now.items():
-                    _put(held[place], place.name, tensor)
-                if outermost:
-                    self._again.discard(here)
+
+        def swap() -> None:
+            self._again.add(here)
+            for place, tensor in before.items():
+                _put(held[place], place.name, again[tensor] if isinstance(tensor, Tensor) else tensor)
+
+        def put_back() -> None:
+            for place, tensor in now.items():
+                _put(held[place], place.name, tensor)
+            if outermost:
+                self._again.discard(here)
+
+        return Reverted(swap, put_back)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         result = self._forwards[0](*args, **kwargs)
@@ -155,6 +171,12 @@ class Replay:
 
 
 _ABSENT: Any = object()
+
+
+def _itself(held: dict[str, Any], name: str) -> Any:
+    """What stands somewhere when nothing runs again."""
+    tensor = held.get(name, _ABSENT)
+    return _ORIGINALS.get(tensor, tensor) if isinstance(tensor, Tensor) else tensor
 
 
 def _put(held: dict[str, Any], name: str, value: Any) -> None:

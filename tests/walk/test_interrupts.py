@@ -91,6 +91,7 @@ def assert_plain(net: nn.Sequential, modes: list[bool], state: dict[str, Tensor]
         assert not module._forward_hooks
         assert not module._forward_pre_hooks
         assert not module._forward_pre_hooks_with_kwargs
+        assert not {"forward", "_compiled_call_impl"} & module.__dict__.keys()
     assert [module.training for module in net.modules()] == modes
     if not training:
         assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
@@ -99,8 +100,9 @@ def assert_plain(net: nn.Sequential, modes: list[bool], state: dict[str, Tensor]
         pickle.dumps(net)
 
 
-def wrapping(net: nn.Module) -> Callable[[], object]:
-    return lambda: LocalWrapper(net, ["0", "2"], decoder=MLPDecoder, example=torch.zeros(2, 3, 4, 4))
+def wrapping(net: nn.Module, checkpoint: Any = False) -> Callable[[], object]:
+    example = torch.zeros(2, 3, 4, 4)
+    return lambda: LocalWrapper(net, ["0", "2"], decoder=MLPDecoder, example=example, checkpoint=checkpoint)
 
 
 def looking(net: nn.Module) -> Callable[[], object]:
@@ -123,9 +125,11 @@ def test_an_interrupt_while_wrapping(what: Callable[[nn.Module], Callable[[], ob
 
 
 @pytest.mark.parametrize("entry", ["local_step", "forward"])
-def test_an_interrupt_in_a_step(entry: str, full: bool) -> None:
+@pytest.mark.parametrize("checkpoint", [False, (Remembers, nn.BatchNorm2d)])
+def test_an_interrupt_in_a_step(entry: str, checkpoint: Any, full: bool) -> None:
     net = backbone()
-    model = wrapping(net)()
+    kept = dict(net.named_buffers())
+    model = wrapping(net, checkpoint)()
     assert isinstance(model, LocalWrapper)
     pair = torch.rand(2, 2, 3, 4, 4).unbind()
     modes = [module.training for module in net.modules()]
@@ -137,6 +141,7 @@ def test_an_interrupt_in_a_step(entry: str, full: bool) -> None:
         interrupt = traced(Interrupted(at), lambda: getattr(model, entry)(*pair))
         assert interrupt is not None or at > total - 50  # the lines of a step vary a little
         assert_plain(net, modes, {}, training=True)
+        assert all(net.get_buffer(name) is buffer for name, buffer in kept.items())
         assert net[2].weight._backward_hooks
     handle.remove()
     net[0].last, net[0].seen = None, []

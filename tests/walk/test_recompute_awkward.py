@@ -794,6 +794,19 @@ def test_a_weight_that_only_later_steps_change_is_refused() -> None:
         model.local_step(*views())
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_scripted_parts_are_kept_and_not_recomputed() -> None:
+    def block() -> nn.Module:
+        return nn.Sequential(conv(4, 4), torch.jit.script(nn.Sequential(nn.BatchNorm2d(4), nn.Tanh())))
+
+    net = nn.Sequential(conv(3, 4), block(), nn.Sequential(conv(4, 4), nn.BatchNorm2d(4), nn.Tanh()), conv(4, 4))
+    model = wrap(net, [1, 2, 3], (True, nn.Sequential))
+    assert all(run[0].startswith("2") for run in model._runs)
+    for _ in range(2):
+        model.local_step(*views())
+    assert net[1][1].state_dict()["0.num_batches_tracked"] == net[2][1].num_batches_tracked == 2
+
+
 # ---------------------------------------------------------------- true causes
 
 
@@ -814,6 +827,12 @@ def test_layer_drop_in_later_steps_is_told_as_what_it_is() -> None:
     with pytest.raises(RuntimeError, match=r"did something else than in the forward.*layer drop"):
         model.local_step(*views())
     assert_plain(net)
+
+
+def test_a_checkpoint_of_the_users_that_begins_in_place_fails_as_in_plain_training() -> None:
+    model = wrap(nn.Sequential(conv(3, 4), Mine(nn.ReLU(inplace=True), conv(4, 4)), conv(4, 4)), [0, 1, 2], False)
+    with pytest.raises(RuntimeError, match=r"modified by an inplace operation|a leaf Variable that requires grad"):
+        model.local_step(*views())
 
 
 def test_a_cache_of_parametrizations_is_named() -> None:
