@@ -75,10 +75,7 @@ class Replay:
     ) -> None:
         self._name, self._forwards, self._again, self._learnt = name, forwards, again, learnt
         self._compares = compares
-        parts = dict.fromkeys(part for module in modules for part in module.modules())
-        self._parts = [
-            part for part in parts if not isinstance(part, torch.jit.ScriptModule)
-        ]  # whose state lives elsewhere
+        self._parts = list(dict.fromkeys(part for module in modules for part in module.modules()))
         self._before: dict[Place, Tensor | None] | None = None  # what changed, as it was
         self._results: list[Tensor] = []
         self._versions: list[int] = []
