@@ -45,7 +45,7 @@ def by_torchvision(name: str) -> tuple[nn.Module, int]:
 
 
 def by_timm(name: str) -> tuple[nn.Module, int]:
-    model = timm.create_model(name, num_classes=3, drop_path_rate=0.0)
+    model = timm.create_model(name, num_classes=3)
     _, side, _ = timm.data.resolve_model_data_config(model)["input_size"]
     fixed = model.default_cfg.get("fixed_input_size") or "levit" in name or "efficientformer" in name
     return model, side if fixed else 64
