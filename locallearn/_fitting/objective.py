@@ -10,6 +10,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from locallearn._walk.segment import version
+
 Loss: TypeAlias = Callable[..., Tensor]
 
 
@@ -91,12 +93,9 @@ def spared(batch: Tensor, views: Sequence[Tensor]) -> Iterator[None]:
     Raises:
         ViewsChangedError: at the end, if they were changed.
     """
-    if batch.is_inference():  # in inference mode nobody counts
-        yield
-        return
-    version = batch._version
+    before = version(batch)
     yield
-    if batch._version != version and batch.untyped_storage() is views[0].untyped_storage():
+    if version(batch) != before and batch.untyped_storage() is views[0].untyped_storage():
         raise ViewsChangedError(
             "the backbone (or a loss) has changed the views of this step in place, which it did not when it was wrapped, in eval "
             "mode. Take what is not in place, such as Dropout(inplace=False). Or go on: from the next step on it gets a copy"

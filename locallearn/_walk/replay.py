@@ -19,9 +19,8 @@ from locallearn._walk.segment import version
 from locallearn._walk.undo import Reverted
 from locallearn._walk.writes import Writes
 
-_ORIGINALS: Any = (
-    WeakIdKeyDictionary()
-)  # of stand-ins: another thread may find one where it looks for the tensor itself
+# Of stand-ins: another thread may find one where it looks for the tensor itself.
+_ORIGINALS: Any = WeakIdKeyDictionary()
 
 
 class Place(NamedTuple):
@@ -84,7 +83,8 @@ class Replay:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._before is None:
             return self._first(*args, **kwargs)
-        stepped = self._trained() != self._versions  # by an optimiser that did not wait for the end of the backward
+        # by an optimiser that did not wait for the end of the backward
+        stepped = self._other_state is not None and self._trained() != self._versions
         as_before = self._as_before(self._before)
         with as_before, as_before:  # twice, see Reverted
             return self._second(stepped, args, kwargs)
