@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from locallearn._fitting.channels import Channels
 from locallearn._fitting.quiet import undisturbed
 from locallearn._walk.cuts import check_order, hooked, one_tensor, submodules
 from locallearn._walk.isolation import Isolation
@@ -24,11 +25,13 @@ class Outlet(NamedTuple):
         features: the tensor, detached.
         module: the stage itself if it is one module that takes one tensor, else ``None``.
         weights: shapes of the stage's weights, of all the backbone's if none of them is trained.
+        axis: of the channels, if a module says it.
     """
 
     features: Tensor
     module: nn.Module | None
     weights: tuple[torch.Size, ...] = ()
+    axis: int | None = None
 
 
 def probe(backbone: nn.Module, cuts: tuple[str, ...], batch: Tensor) -> list[Outlet]:
@@ -45,9 +48,11 @@ def probe(backbone: nn.Module, cuts: tuple[str, ...], batch: Tensor) -> list[Out
     isolation = Isolation(backbone, cuts)
     ran: list[int] = []
     ends: list[tuple[object, Tensor | None]] = []  # what each stage returned, and its inlet
+    told: list[tuple[int, int]] = []  # numbers of what it returned and of what goes on
     inlet: Tensor | None = None
     handed_on: object = batch
     alone: list[bool] = [False] * len(cuts)
+    channels = Channels(backbone)
 
     def on_inlet(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         alone[modules.index(module)] = len(args) == 1 and not kwargs and args[0] is handed_on
@@ -57,19 +62,21 @@ def probe(backbone: nn.Module, cuts: tuple[str, ...], batch: Tensor) -> list[Out
         ran.append(stage)
         ends.append((output, inlet))
         if not isinstance(output, Tensor):
+            told.append((-1, -1))
             return output
         inlet, handed_on = cut(output, differentiable=True)
         if inlet is not None:
             isolation.opens(len(ran), inlet)
+        told.append((channels.number(output), channels.number(handed_on)))
         return handed_on
 
     quiet, before = undisturbed(backbone), attached(dict.fromkeys(modules, on_inlet), {})
-    after = hooked(modules, on_outlet)
+    after, heard = hooked(modules, on_outlet), channels.heard()
     try:
-        with quiet, quiet, before, before, after, after, torch.enable_grad():
+        with quiet, quiet, heard, heard, before, before, after, after, torch.enable_grad():
             backbone(batch)
     except Exception as error:
-        raise ValueError(_failure(backbone, cuts, batch, error)) from error
+        raise ValueError(failure(backbone, cuts, batch, error)) from error
     check_order(cuts, ran, backbone)
     outlets: list[Outlet] = []
     for stage, (output, begin) in enumerate(ends):
@@ -78,7 +85,8 @@ def probe(backbone: nn.Module, cuts: tuple[str, ...], batch: Tensor) -> list[Out
         _check_kind(stage, cuts[stage], segment.outlet)
         check_rows(stage, cuts[stage], segment.outlet, len(batch), strict=True)
         weights = tuple(weight.shape for weight in segment.weights or backbone.parameters())
-        outlets.append(Outlet(segment.outlet.detach(), modules[stage] if alone[stage] else None, weights))
+        axis = channels.axis(segment.outlet.shape, *told[stage])
+        outlets.append(Outlet(segment.outlet.detach(), modules[stage] if alone[stage] else None, weights, axis))
     return outlets
 
 
@@ -101,8 +109,8 @@ def check_graph(backbone: nn.Module) -> None:
         )
 
 
-def _failure(backbone: nn.Module, cuts: tuple[str, ...], batch: Tensor, error: Exception) -> str:
-    """What to say of ``error``: whose fault it is shows in a forward without hooks."""
+def failure(backbone: nn.Module, cuts: Sequence[str], batch: Tensor, error: Exception) -> str:
+    """What to say of ``error`` in a forward with hooks: whose fault it is shows in a forward without hooks."""
     kind, given = type(backbone).__name__, f"a batch of shape {tuple(batch.shape)} and {batch.dtype}"
     told = f"{type(error).__name__}: {error}" if str(error) else f"{type(error).__name__} {_where(error)}"
     try:
@@ -114,6 +122,8 @@ def _failure(backbone: nn.Module, cuts: tuple[str, ...], batch: Tensor, error: E
             f"{kind} does not run on {given} ({told}). If it takes another batch, give that: LocalWrapper(..., example=batch). "
             "If not, it fails without LocalWrapper too: model.eval()(batch)"
         )
+    if not cuts:
+        return f"{kind} runs on {given}, but not while its submodules are watched by hooks ({told}). Name the stages: stages=[...]"
     return (
         f"{kind} does not run on {given} if stages end after {list(cuts)}, though it runs without ({told}). Over a cut passes "
         "a tensor that is equal to the outlet, but another object without its graph; end the stages where that will do"
@@ -153,12 +163,19 @@ def check_rows(stage: int, cut: str, outlet: Tensor, rows: int, *, strict: bool 
             f"stage {stage} ends after {cut!r}, which returned shape {shape}; a decoder reads (batch, channels, ...). End the "
             "stage after a submodule that returns so much"
         )
-    if shape[0] == rows or (shape[0] % rows == 0 and shape[0] > 0 and not (strict and shape[1] == rows)):
+    if batch_first(shape, rows, strict=strict):
         return
     raise ValueError(
         f"stage {stage} ends after {cut!r}, which returned shape {shape} for a batch of {rows}; the first axis of an outlet is "
         "the batch, whose views a unit tells apart by it. End the stage after a submodule that returns the batch first"
     )
+
+
+def batch_first(shape: Sequence[int], rows: int, *, strict: bool = True) -> bool:
+    """Whether an outlet of that shape has channels, and the batch in front, or a batch with an axis folded into it."""
+    if len(shape) < 2 or shape[0] == rows:
+        return len(shape) > 1
+    return shape[0] % rows == 0 and shape[0] > 0 and not (strict and shape[1] == rows)
 
 
 def example_batch(backbone: nn.Module, example: Tensor | Sequence[Tensor] | None) -> Tensor:
@@ -169,47 +186,3 @@ def example_batch(backbone: nn.Module, example: Tensor | Sequence[Tensor] | None
         return torch.cat(list(example))
     weight = next((t for t in backbone.parameters() if t.is_floating_point()), torch.empty(0))
     return torch.zeros(2, 3, 224, 224, dtype=weight.dtype, device=weight.device)
-
-
-def channel_axis(features: Tensor) -> int:
-    """The axis that holds the channels of a feature map, as its shape tells.
-
-    ======================================  ====  ==================================================
-    shape                                   axis
-    ======================================  ====  ==================================================
-    ``(N, C)``                              1     vectors
-    ``(N, T, C)``                           -1    tokens (a 1-d convolution's ``(N, C, L)`` looks the same)
-    ``(N, S, S, C)`` with ``C != S``        -1    square maps with channels last, as in torchvision's Swin
-    any other                               1     channels first
-    ======================================  ====  ==================================================
-
-    Where the shape misleads, :func:`agreed_axis` finds out.
-
-    Example:
-        >>> channel_axis(torch.zeros(2, 64, 56, 56)), channel_axis(torch.zeros(2, 56, 56, 96))
-        (1, -1)
-    """
-    shape = features.shape
-    if features.ndim == 3 or (features.ndim == 4 and shape[1] == shape[2] != shape[3]):
-        return -1
-    return 1
-
-
-def agreed_axis(features: Tensor, weights: Iterable[torch.Size]) -> int:
-    """The axis that :func:`channel_axis` tells, unless the stage's weights tell another.
-
-    Raises:
-        ValueError: if no weight has the size of that axis, but some weight puts out what the other candidate has.
-    """
-    at = channel_axis(features)
-    shape, other = tuple(features.shape), -1 if at == 1 else 1
-    square = at == 1 and features.ndim > 3 and len(set(shape[2:])) == 1  # maps with channels first, whatever their size
-    sizes = [size for size in weights if len(size)]
-    known = {size[0] for size in sizes} | {size[1] for size in sizes if len(size) > 1}
-    if features.ndim > 2 and not square and shape[at] not in known and shape[other] in {size[0] for size in sizes}:
-        raise ValueError(
-            f"which axis of an outlet of shape {shape} holds the channels? Its shape tells axis {at}, of size {shape[at]}, but "
-            f"the stage's weights have size {shape[other]}, that of axis {other}. Say channel_axis={other} (or {at}): "
-            f"LocalWrapper(..., channel_axis={other})"
-        )
-    return at

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
+from itertools import pairwise
 from os import PathLike
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
-from locallearn._fitting.chain import Link
 from locallearn._fitting.objective import concatenated
 from locallearn.memory.count import Flops, LiveBytes
-from locallearn.memory.fakes import analysed
-from locallearn.memory.pieces import train, weigh
+from locallearn.memory.fakes import Fakes, analysed
+from locallearn.memory.pieces import Piece, Sample
+from locallearn.memory.places import places
 from locallearn.memory.predict import predict
 from locallearn.plan import Plan, Unit
 from locallearn.schedules import Train
@@ -114,16 +113,15 @@ def memory_report(model: LocalWrapper, *views: Tensor, targets: Any = None) -> M
         >>> [name for name in report.names]
         ['forward to stage 1', 'unit 0, forward to stage 2', 'unit 1']
     """
-    with analysed(model) as mode:
-        return _reported(model, views, targets, mode)
+    with analysed(model) as fakes:
+        return _reported(model, views, targets, fakes)
 
 
-def _reported(model: LocalWrapper, views: Sequence[Tensor], targets: Any, mode: FakeTensorMode) -> MemoryReport:
-    with FakeCopyMode(mode):
-        copied, again, whole = (deepcopy(model) for _ in range(3))
-        pair, aims = deepcopy([view.detach() for view in views]), deepcopy(targets)
+def _reported(model: LocalWrapper, views: Sequence[Tensor], targets: Any, fakes: Fakes) -> MemoryReport:
+    copied, again, whole = (fakes.copy(model) for _ in range(3))
+    pair, aims = fakes.copy([view.detach() for view in views]), fakes.copy(targets)
     _unite(whole)
-    with mode:
+    with fakes:
         actions = model._execution.actions
         batch = concatenated(pair, copy=model._changes_views)
         copied_views = 0 if batch.untyped_storage() is pair[0].untyped_storage() else batch.nbytes
@@ -153,16 +151,21 @@ def _unite(model: LocalWrapper) -> None:
         model.loss = model.loss[-1]
 
 
-def _weighed(model: LocalWrapper, batch: Tensor) -> list[list[Any]]:
-    """Every stage as one piece, with what the units' decoders on it take."""
-    ends = [Link(name, name, False, torch.Size()) for name in model.stages]
-    pieces = weigh(model.backbone, batch, ends, None, None, model._runs)
+def _weighed(model: LocalWrapper, batch: Tensor) -> list[list[Piece]]:
+    """The pieces of every stage, the last of them with what the units' decoders on it take."""
+    sample = Sample(model.backbone, batch, model.stages)
+    found = list(model._runs)
+    between = places(model.backbone, sample.chain, len(sample.inputs), found)
+    ends = [link for link in sample.chain if link in between or link.end in model.stages]
+    at = {link.end: number for number, link in enumerate(ends)}
+    pieces = sample.pieces(ends, found)[1]
     for k, unit in enumerate(model.plan.units):
-        features = torch.zeros(pieces[unit.last].shape, dtype=batch.dtype, device=batch.device)
-        takes, spent = train(model.decoders[k], features)
-        if takes > pieces[unit.last].train:
-            pieces[unit.last] = pieces[unit.last]._replace(train=takes, decoder_flops=spent)
-    return [[piece] for piece in pieces]
+        number = at[model.stages[unit.last]]
+        takes, spent = sample.train(model.decoders[k], sample.like(ends[number]))
+        if takes > pieces[number].train:
+            pieces[number] = pieces[number]._replace(train=takes, decoder_flops=spent)
+    bounds = [0, *(at[stage] + 1 for stage in model.stages)]
+    return [pieces[a:b] for a, b in pairwise(bounds)]
 
 
 class _Followed(LiveBytes):

@@ -1,27 +1,26 @@
-"""What each piece of a backbone costs by itself, counted under fake tensors: what predictions are made of."""
+"""What each piece of a backbone costs by itself, counted in one forward of two inputs: what predictions are made of."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from math import inf
-from types import MappingProxyType
+from collections.abc import Collection, Sequence
+from itertools import pairwise
+from math import inf, prod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 from torch.utils._pytree import tree_leaves
 
-from locallearn._fitting.attach import attach
-from locallearn._fitting.chain import Link, links
-from locallearn._fitting.outlets import Outlet, agreed_axis
-from locallearn._fitting.recomputed import Policy, natural, runs
-from locallearn._walk.cuts import hooked
+from locallearn._fitting.attach import Decoder, attach
+from locallearn._fitting.chain import Form, Link, links
+from locallearn._fitting.outlets import Outlet
 from locallearn._walk.gradients import Accumulate
-from locallearn._walk.recompute import Run, recomputed
-from locallearn._walk.replay import Learnt
-from locallearn._walk.segment import Segment, cut
-from locallearn.memory.count import Flops, LiveBytes
+from locallearn._walk.recompute import Run
+from locallearn._walk.segment import cut
+from locallearn._walk.undo import attached
+from locallearn.memory.count import Flops, storages
+from locallearn.memory.scaled import ScaledBytes
 from locallearn.plan import Plan, Unit
 from locallearn.sharing import Hard
 
@@ -57,147 +56,161 @@ class Piece(NamedTuple):
     weights: int
 
 
-def places(model: nn.Module, batch: Tensor, checkpoint: Policy) -> list[Link]:
-    """Where a stage of ``model`` may end: after a block or a run of simple layers, up to the last map of features.
+class _Mark(NamedTuple):
+    at: int  # in the history of live bytes
+    flops: int
 
-    What follows that map (pooling, a classifier) is left out, as is a place inside of what ``checkpoint`` recomputes.
+
+class Sample:
+    """One forward of two inputs, in eval mode and without a trace, whose graph is kept as long as this object.
+
+    Sizes and FLOPs are those of as many inputs as ``batch`` has. What only training makes (the masks of dropout) does not
+    count.
+
+    Args:
+        model: the backbone.
+        batch: what it is to be weighed for.
+        cuts: submodules after which links end in any case.
+
+    Attributes:
+        inputs: the two.
+        chain: what lies between places at which ``model`` can be cut.
+        misfits: why a decoder does not fit an outlet, by the names of submodules.
     """
-    chain = links(model, batch)
-    whole = [run[0] for run in runs(model, (), checkpoint, batch)]
-    together = {run[-1]: run for run in natural(model, (), chain)}
-    inside = {name for run in together.values() for name in run[:-1]}
-    cuttable = [link for link in chain if not any(link.end.startswith(f"{outer}.") for outer in whole)]
-    maps = [link for link in cuttable if len(link.shape) > 2 and _positions(link.shape) > 1]
-    if not maps:
-        return [link for link in cuttable if link.block not in inside]
-    _check_head(model, maps[-1], chain, batch)
-    body = cuttable[: cuttable.index(maps[-1])]
-    return [*(link for link in body if link.block not in inside), maps[-1]]  # a run may go on with the pooling
+
+    def __init__(self, model: nn.Module, batch: Tensor, cuts: Sequence[str] = ()) -> None:
+        self.inputs = batch[:2] if len(batch) > 1 else torch.cat([batch, batch])
+        self._live, self._counter = ScaledBytes(self.inputs, len(batch) / len(self.inputs)), Flops()
+        self._shapes = [weight.shape for weight in model.parameters()]
+        self.misfits: dict[str, str] = {}
+        start: list[_Mark] = []
+        begin = attached({model: lambda *_: start.append(self._mark())}, {})
+        with begin, begin, self._counter, self._live:
+            self.chain = links(model, self.inputs, self._mark, cuts)
+        self._start = start[0]
+        self._backwards: dict[object, tuple[int, int]] = {}  # of pieces that are alike
+
+    def _mark(self) -> _Mark:
+        return _Mark(len(self._live.history) - 1, self._counter.total)
+
+    def pieces(self, ends: Sequence[Link], runs: Collection[Run]) -> tuple[list[Piece], list[Piece]]:
+        """What lies between ``ends``, as it is and with ``runs`` recomputed; without decoders, whose fields are 0."""
+        plain, lean = list[Piece](), list[Piece]()
+        below: Link | None = None
+        frozen = True
+        for link in ends:
+            begin = self._start if below is None else below.noted
+            history = self._live.history[begin.at : link.noted.at + 1]
+            weights = _weights(link.place, None if below is None else below.place)
+            frozen = frozen and not weights
+            outlet, shape = self._size(link.outlet), self._shape(link.outlet)
+            forward, spent = max(history) - history[0], int((link.noted.flops - begin.flops) * self._live.factor)
+            kept = outlet if frozen else history[-1] - history[0]  # below what is trained there is no graph
+            pull = push = kept
+            if not frozen:
+                alike = (shape, spent, kept, forward, tuple(weight.shape for weight in weights), below and below.outlet)
+                if alike not in self._backwards:
+                    self._backwards[alike] = self._backward(link, None if below is None else below.place, weights)
+                pull, push = (kept + more for more in self._backwards[alike])
+            trained = sum(weight.numel() for weight in weights)
+            piece = Piece(link.end, shape, spent, outlet, kept, forward, pull, push, 0.0, 0, trained)
+            plain.append(piece)
+            within = self.chain[0 if below is None else self.chain.index(below) + 1 : self.chain.index(link) + 1]
+            if not frozen and _recomputed(within, runs):
+                # It keeps its outlet, and every backward makes its graph again, and frees it on the way. A forward without a
+                # graph takes a few of its largest tensors.
+                once = outlet + 2 * max(after - before for before, after in pairwise(history))
+                again = push + outlet
+                piece = piece._replace(kept=outlet, pull=again, push=again, forward=min(forward, once))
+            lean.append(piece)
+            below = link
+        return plain, lean
+
+    def decoded(self, piece: Piece, link: Link, decoder: Decoder, axis: int | None) -> Piece:
+        """``piece``, which ends at ``link``, with what ``decoder`` takes there."""
+        at = link.axis if axis is None else axis
+        with torch.random.fork_rng(range(torch.cuda.device_count()) if self.inputs.is_cuda else []):
+            features = self.like(link)
+            try:
+                outlet = Outlet(features, None, tuple(self._shapes), at)
+                (module,) = attach(decoder, Plan(1, [Unit(0, 0)]), Hard(), [outlet], axis)
+            except ValueError as error:
+                self.misfits[link.end] = str(error)
+                return piece._replace(train=inf)
+            takes, spent = self.train(module, features)
+        return piece._replace(train=takes, decoder_flops=spent)
+
+    def like(self, link: Link) -> Tensor:
+        """A tensor like the outlet, which grows with the inputs."""
+        with self._live:
+            form = link.outlet
+            return self.inputs.new_ones(form.shape, dtype=form.dtype, device=form.device)
+
+    def train(self, decoder: nn.Module, features: Tensor) -> tuple[int, int]:
+        """The most bytes that ``decoder`` takes beside the outlet that it reads, and the FLOPs of its forward."""
+        weights = [weight for weight in decoder.parameters() if weight.requires_grad]
+        for weight in weights:
+            weight.grad = torch.zeros_like(weight)
+        self._live.expect_gradients(weights)
+        begin = self._mark()
+        leaf, read = cut(features.requires_grad_(), differentiable=True)
+        assert leaf is not None
+        with self._counter, self._live:
+            outputs = tree_leaves(decoder(read))
+            del read
+            end = self._mark()
+            root = torch.stack([output.square().sum() for output in outputs if isinstance(output, Tensor)]).sum()
+            del outputs
+            Accumulate().push(root, weights, leaf)
+        peak = max(self._live.history[begin.at :]) - self._live.history[begin.at]
+        return peak, int((end.flops - begin.flops) * self._live.factor)
+
+    def _backward(self, link: Link, below: GradientEdge | None, weights: Sequence[Tensor]) -> tuple[int, int]:
+        """What a backward to the inlet, and then the last one, take beside the graph."""
+        pull = 0 if below is None else self._peak(link, [below], retain=True)
+        self._live.expect_gradients(weights)
+        return pull, self._peak(link, [below, *weights] if below is not None else weights, retain=False)
+
+    def _peak(self, link: Link, inputs: Sequence[Tensor | GradientEdge], *, retain: bool) -> int:
+        live, seed = self._live.history, self._size(link.outlet)
+        begin, ends = len(live) - 1, [len(live) - 1]
+        gradient = self.like(link)
+
+        def used(below: Sequence[Tensor | None], _: object) -> None:
+            """The walk frees what comes in here, unless it goes on; autograd.grad holds it to the end."""
+            if not any(g is not None and gradient.untyped_storage() in storages(g) for g in below):
+                ends.append(len(live) - 1)
+
+        handle = link.place.node.register_hook(used)
+        with self._live:
+            torch.autograd.grad([link.place], list(inputs), [gradient], retain_graph=retain, allow_unused=True)
+        handle.remove()
+        last = ends[1] if len(ends) > 1 else len(live) - 1
+        return max([*live[begin : last + 1], *(now - seed for now in live[last + 1 :])]) - live[begin]
+
+    def _shape(self, form: Form) -> torch.Size:
+        return torch.Size((int(form.shape[0] * self._live.factor), *form.shape[1:])) if form.shape else form.shape
+
+    def _size(self, form: Form) -> int:
+        return prod(self._shape(form)) * form.dtype.itemsize
 
 
-def _check_head(model: nn.Module, last: Link, chain: Sequence[Link], batch: Tensor) -> None:
-    """Checks that what follows the last map is a head: pooling and what comes after it, or vectors.
-
-    A layer with weights that makes the map a single position, in place of a pooling, is a part of the backbone, as is what
-    follows it: the inputs are too small.
-    """
-    lost: list[Link] = []
-    for link in chain[chain.index(last) + 1 :]:
-        if len(link.shape) <= 2 or not (lost or _trained(model, link)):
-            break
-        if _trained(model, link):
-            lost.append(link)
-    if lost:
-        raise ValueError(
-            f"stages are looked for up to the last map of features, which is that of {last.end!r} for inputs of shape "
-            f"{tuple(batch.shape[1:])}: {tuple(last.shape[1:])}. What follows would not be trained: "
-            f"{[link.end for link in lost]}, {sum(_trained(model, link) for link in lost):,} weights. Give larger inputs "
-            f"(example=), or name the stages yourself: stages=[..., {lost[-1].end!r}]"
-        )
-
-
-def _trained(model: nn.Module, link: Link) -> int:
-    return sum(weight.numel() for weight in model.get_submodule(link.block).parameters() if weight.requires_grad)
-
-
-def _positions(shape: torch.Size) -> int:
-    """Of a feature map, or tokens: all that is neither batch nor channels, whichever axis those have."""
-    return shape[1:].numel() // max(shape[1], shape[-1])
-
-
-def weigh(
-    model: nn.Module,
-    batch: Tensor,
-    ends: Sequence[Link],
-    decoder: Callable[[int], nn.Module] | None,
-    axis: int | None,
-    recompute: Mapping[Run, Learnt] = MappingProxyType({}),
-) -> list[Piece]:
-    """Cuts ``model``, a fake copy, at all of ``ends`` and runs every piece forward and backward by itself.
-
-    Without a decoder, ``train`` and ``decoder_flops`` are 0.
-    """
-    pieces: list[Piece] = []
-    live, flops = LiveBytes(), Flops()
-    for weight in model.parameters():
-        weight.grad = torch.zeros_like(weight) if weight.requires_grad else None
-    inlet: Tensor | None = None
-    before, counted = 0, 0  # bytes, FLOPs
-
-    def weighed(stage: int, output: Tensor) -> Tensor:
-        nonlocal inlet, before, counted
-        start = min(live.history[before:])  # once the frames of the piece below have let go of its inlet
-        forward, kept, spent = max(live.history[before:]) - start, live.history[-1] - start, flops.total - counted
-        size = output.untyped_storage().nbytes()
-        pull, push, weights = _backward(live, output, inlet)
-        at = agreed_axis(output, [weight.shape for weight in model.parameters()]) if axis is None else axis
-        takes, decoding = (0.0, 0) if decoder is None else _train(output.detach(), decoder, at)
-        sizes = (size, kept, forward, max(pull - start, kept), push - start, takes)
-        pieces.append(Piece(ends[stage].end, output.shape, spent, *sizes, decoding, weights))
-        inlet, handed_on = cut(output, differentiable=True)
-        before, counted = len(live.history) - 1, flops.total
-        return handed_on
-
-    with ExitStack() as stack:
-        concerned = stack.enter_context(hooked([model.get_submodule(end.end) for end in ends], weighed))
-        stack.enter_context(recomputed(model, recompute, concerned))
-        stack.enter_context(flops)
-        stack.enter_context(live)
-        model(batch)
-    return pieces
-
-
-def _peak(live: LiveBytes, what: Callable[[], object]) -> int:
-    start = len(live.history) - 1
-    what()
-    return max(live.history[start:])
-
-
-def _backward(live: LiveBytes, outlet: Tensor, inlet: Tensor | None) -> tuple[int, int, int]:
-    """The peaks of a backward to the inlet and of the last one, and how many numbers are trained."""
-    segment, pull = Segment(outlet, inlet), 0
+def _weights(outlet: GradientEdge, inlet: GradientEdge | None) -> list[Tensor]:
+    """The trained tensors between two places of a graph."""
+    stack, seen, found = [outlet.node], {outlet.node}, list[Tensor]()
     if inlet is not None:
-        pull = _peak(live, lambda: segment.pull([torch.ones_like(outlet)], retain=True))
-
-    def last() -> None:
-        Accumulate().push(segment.seed([torch.ones_like(outlet)]), segment.weights, inlet)
-
-    return pull, _peak(live, last), sum(weight.numel() for weight in segment.weights)
-
-
-def _train(features: Tensor, decoder: Callable[[int], nn.Module], axis: int) -> tuple[float, int]:
-    def there(width: int) -> nn.Module:
-        """With its weights replaced, where ``Module.to`` would exchange them, which fake tensors do not take."""
-        made = decoder(width)
-        for part in made.modules():
-            for name, weight in part._parameters.items():
-                if weight is not None and weight.is_floating_point():
-                    part._parameters[name] = nn.Parameter(weight.detach().to(features), weight.requires_grad)
-            for name, buffer in part._buffers.items():
-                if buffer is not None:
-                    dtype = features.dtype if buffer.is_floating_point() else buffer.dtype
-                    part._buffers[name] = buffer.to(features.device, dtype)
-        return made
-
-    try:
-        (module,) = attach(there, Plan(1, [Unit(0, 0)]), Hard(), [Outlet(features, None)], axis)
-    except ValueError:
-        return inf, 0
-    return train(module, features)
+        seen.add(inlet.node)
+    while stack:
+        node = stack.pop()
+        if type(node).__name__ == "AccumulateGrad":
+            found.append(node.variable)  # type: ignore[attr-defined]
+        for below, _ in node.next_functions:
+            if below is not None and below not in seen:
+                seen.add(below)
+                stack.append(below)
+    return found
 
 
-def train(decoder: nn.Module, features: Tensor) -> tuple[int, int]:
-    """The most bytes that a decoder on ``features`` takes beside them, and the FLOPs of its forward."""
-    spent = 0
-    for weight in decoder.parameters():
-        weight.grad = torch.zeros_like(weight)
-    leaf, read = cut(features.requires_grad_(), differentiable=True)
-    assert leaf is not None
-    with Flops() as flops, LiveBytes() as live:
-        outputs = tree_leaves(decoder(read))
-        del read
-        spent = flops.total
-        root = torch.stack([output.square().sum() for output in outputs if isinstance(output, Tensor)]).sum()
-        del outputs
-        Accumulate().push(root, list(decoder.parameters()), leaf)
-    return max(live.history), spent
+def _recomputed(links: Sequence[Link], runs: Collection[Run]) -> bool:
+    names = {name for run in runs for name in run}
+    return any(link.block == name or link.block.startswith(f"{name}.") for link in links for name in names)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import inf
 
-import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from locallearn._fitting.attach import Decoder
+from locallearn._fitting.chain import longest
 from locallearn._fitting.outlets import check_graph, example_batch
 from locallearn._fitting.recomputed import Policy, runs
-from locallearn.decoders import ConvMLPDecoder
-from locallearn.memory.fakes import analysed, fake_copy
-from locallearn.memory.pieces import Piece, places, weigh
+from locallearn.memory.pieces import Piece, Sample
+from locallearn.memory.places import places
 from locallearn.memory.predict import predict
 from locallearn.plan import Plan
 from locallearn.schedules import sequential
@@ -75,14 +74,16 @@ def plan_stages(
     overlap: int = 1,
     budget: float | None = None,
     *,
-    decoder: Callable[[int], nn.Module] = ConvMLPDecoder,
+    decoder: Decoder = "auto",
     checkpoint: Policy = False,
     channel_axis: int | None = None,
 ) -> StagePlan:
     """Finds where ``model`` can be cut, weighs what lies between, and picks the cuts.
 
     A backbone can be cut after every submodule over which exactly one tensor passes; blocks stay whole, and so do simple
-    layers with the convolution before them. Everything is counted under fake tensors, in seconds and without memory.
+    layers with the convolution before them. The last stage ends with the last map of features; the pooling and the classifier
+    that follow are left out. All is counted in one forward of the first two inputs, in eval mode and without a trace, and
+    multiplied: seconds, and the memory of a step with two inputs.
 
     Args:
         model: the backbone; it is left as it is.
@@ -92,12 +93,12 @@ def plan_stages(
         overlap: how many of them neighbouring units share.
         budget: ``None`` looks for the lowest peak, and for even computation among those cuts that share it. A number of
             bytes looks for the most even computation among the cuts whose peak fits; ``math.inf`` for that alone.
-        decoder: makes a unit's decoder from its outlet's width.
+        decoder: as in ``LocalWrapper``, but no list.
         checkpoint: as in ``LocalWrapper``: with it, the cuts are chosen for what is recomputed.
         channel_axis: as in ``LocalWrapper``.
 
     Raises:
-        ValueError: if the model has not enough places, or if nothing fits into the budget.
+        ValueError: if the model does not run on ``example``, if it has not enough places, or if nothing fits into the budget.
 
     Example:
         >>> net = nn.Sequential(*[nn.Conv2d(3 if k == 0 else 8, 8, 3, padding=1) for k in range(6)])
@@ -106,16 +107,27 @@ def plan_stages(
     """
     check_graph(model)
     batch = sixty_four(model, None) if example is None else example_batch(model, example)
-    with analysed(model) as fake:
-        plain, lean = _weighed(model, batch, decoder, channel_axis, checkpoint, fake)
+    sample = Sample(model, batch)
+    found = runs(model, (), checkpoint or True, sample.inputs, sample.chain)
+    ends = places(model, sample.chain, len(sample.inputs), found)
+    if len(ends) < n:
+        raise ValueError(_too_few(model, sample, n, [end.end for end in ends]))
+    plain, lean = sample.pieces(ends, found)
+    plain = [sample.decoded(piece, end, decoder, channel_axis) for piece, end in zip(plain, ends, strict=True)]
+    if all(piece.train == inf for piece in plain[n - 1 :]):
+        raise ValueError(_misfit(sample, plain[-1]))
+    lean = [
+        piece._replace(train=known.train, decoder_flops=known.decoder_flops)
+        for piece, known in zip(lean, plain, strict=True)
+    ]
     plan = Plan.windows(n, overlap)
     best = _best(plan, lean if checkpoint else plain, inf if budget is None else budget, peak_first=budget is None)
-    ends = [0, *best]
+    bounds = [0, *best]
     return StagePlan(
         tuple(plain[end - 1].end for end in best),
         plan,
-        tuple(tuple(plain[a:b]) for a, b in pairwise(ends)),
-        tuple(tuple(lean[a:b]) for a, b in pairwise(ends)),
+        tuple(tuple(plain[a:b]) for a, b in pairwise(bounds)),
+        tuple(tuple(lean[a:b]) for a, b in pairwise(bounds)),
     )
 
 
@@ -125,32 +137,22 @@ def sixty_four(model: nn.Module, example: Tensor | Sequence[Tensor] | None) -> T
     return batch[:1].expand(64, *batch.shape[1:])
 
 
-def _weighed(
-    model: nn.Module,
-    batch: Tensor,
-    decoder: Callable[[int], nn.Module],
-    axis: int | None,
-    checkpoint: Policy,
-    fake: FakeTensorMode,
-) -> tuple[list[Piece], list[Piece]]:
-    """Every piece as it is, and recomputed."""
-    copied = fake_copy(model, fake)
-    policy = checkpoint or True
-    with fake:
-        images = torch.zeros(batch.shape, dtype=batch.dtype, device=batch.device)
-        ends = places(copied, images, policy)
-        if not any(module.training for module in copied.modules()):
-            copied.train()
-        chosen = runs(copied, [end.end for end in ends], policy, images)
-        plain = weigh(copied, images, ends, decoder, axis)
-        try:
-            lean = weigh(copied, images, ends, None, axis, chosen)
-        except RuntimeError:  # a part that begins in place cannot be recomputed, which matters to those who ask for it
-            if checkpoint:
-                raise
-            lean = plain
-    pairs = zip(lean, plain, strict=True)
-    return plain, [piece._replace(train=known.train, decoder_flops=known.decoder_flops) for piece, known in pairs]
+def _too_few(model: nn.Module, sample: Sample, n: int, ends: Sequence[str]) -> str:
+    told = f"{n} stages need as many pieces, but the model can only be cut after {list(ends)}"
+    below = longest(model, sample.inputs)
+    if len(below) > len(sample.chain) and len(below) >= n:
+        told += (
+            f". Up to {below[-1].end!r} more would do, but tensors from there are needed until the end, as over a U-Net's skip "
+            "connections. Give that part alone, as a backbone of its own, or name the stages"
+        )
+    return told
+
+
+def _misfit(sample: Sample, top: Piece) -> str:
+    return (
+        f"decoder= fits no outlet at which a unit could end. That of {top.end!r} has shape {tuple(top.shape)}: "
+        f"{sample.misfits[top.end]}. Leave decoder= away, for one that is chosen by the shape"
+    )
 
 
 def _peak(plan: Plan, stages: Sequence[Sequence[Piece]]) -> float:
@@ -164,10 +166,6 @@ def _best(plan: Plan, pieces: Sequence[Piece], budget: float, *, peak_first: boo
     bounds what can come of a beginning.
     """
     n, overlap = plan.stages, len(plan.units[0].updates) - 1
-    if len(pieces) < n:
-        raise ValueError(
-            f"{n} stages need as many pieces, but the model can only be cut after {[p.end for p in pieces]}"
-        )
     best: tuple[float, float, tuple[int, ...]] = (inf, inf, ())
 
     def extend(ends: tuple[int, ...]) -> None:
@@ -196,6 +194,4 @@ def _best(plan: Plan, pieces: Sequence[Piece], budget: float, *, peak_first: boo
             f"no cuts into {n} stages with overlap {overlap} fit into {budget / 1e6:,.0f} MB; the least is "
             f"{least / 1e6:,.0f} MB. Try more stages, less overlap, or checkpoint=True"
         )
-    if not best[2]:
-        raise ValueError("decoder= fits no outlet at which a unit could end. Give one that does, or channel_axis=")
     return best[2]

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from zoo import ZOO, ReturnsPair, small_net
 
 from locallearn import LocalWrapper, MLPDecoder
-from locallearn._fitting.outlets import channel_axis, example_batch, probe
+from locallearn._fitting.channels import channel_axis
+from locallearn._fitting.outlets import example_batch, probe
 
 
 @pytest.mark.parametrize("name", ZOO)

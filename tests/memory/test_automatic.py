@@ -12,7 +12,7 @@ from torchvision import models
 from zoo import conv
 
 from locallearn import LocalWrapper, MLPDecoder, Plan, TokenDecoder, memory_report, plan_stages
-from locallearn._fitting.outlets import agreed_axis
+from locallearn._fitting.channels import agreed_axis
 
 # ---------------------------------------------------------------- nothing that is trained is left out
 
