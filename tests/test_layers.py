@@ -31,8 +31,8 @@ INSIDE = {  # likewise within a wing
         {"sameness", "segment", "gradients"},
         {"undo", "hooks", "named"},
     ],
-    "_fitting": [{"attach", "recomputed"}, {"chain", "objective"}, {"outlets"}, {"quiet"}],
-    "memory": [{"planning"}, {"predict"}, {"pieces"}, {"count", "fakes"}],
+    "_fitting": [{"attach", "recomputed"}, {"chain", "objective"}, {"outlets"}, {"channels", "quiet"}],
+    "memory": [{"planning"}, {"predict", "rule"}, {"pieces", "places"}, {"scaled"}, {"count", "fakes"}],
     "testing": [{"comparison"}, {"reference"}, {"copies"}],
 }
 ALONE = {"decoders": set(), "models": set(), "plan": set(), "distributed": set(), "losses": {"distributed"}}
@@ -132,6 +132,7 @@ def test_the_public_names_are_exactly_these() -> None:
         "memory_report",
         "plan_stages",
         "sequential",
+        "stages_of",
     }
     assert all(hasattr(locallearn, name) for name in locallearn.__all__)
 

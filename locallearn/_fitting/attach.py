@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -48,6 +49,7 @@ def attach(
     make = _maker(decoder, len(plan.units))
     stages = [outlet.module for outlet in outlets]
     attached = nn.ModuleList()
+    fake: AbstractContextManager[object] = getattr(outlets[0].features, "fake_mode", nullcontext())
     for k, unit in enumerate(plan.units):
         features, parts = outlets[unit.last].features, list[nn.Module]()
         if (private := sharing.private(unit, stages)) is not None:
@@ -59,7 +61,8 @@ def attach(
         at = (told.axis or agreed_axis(features, told.weights)) if axis is None else axis
         if at == -1 and features.ndim > 3:
             parts.append(_ChannelsFirst())
-        parts.append(make(k, features.shape, at))
+        with fake:  # where the outlets have no numbers, the decoder has none
+            parts.append(make(k, features.shape, at))
         _follow(parts[-1], features, dtype)
         whole = parts[0] if len(parts) == 1 else nn.Sequential(*parts)
         _try(k, whole, outlets[unit.last].features)
@@ -112,6 +115,15 @@ def _follow(decoder: nn.Module, features: Tensor, dtype: torch.dtype | None) -> 
 
     weights = [*decoder.parameters(), *decoder.buffers()]
     if any(weight.device != features.device or weight.dtype != wanted(weight) for weight in weights):
+        if hasattr(features, "fake_mode"):  # such weights cannot be converted where they are
+            for part in decoder.modules():
+                for name, weight in part._parameters.items():
+                    if weight is not None:
+                        made = weight.detach().to(features.device, wanted(weight))
+                        part._parameters[name] = nn.Parameter(made, weight.requires_grad)
+                for name, buffer in part._buffers.items():
+                    part._buffers[name] = None if buffer is None else buffer.to(features.device, wanted(buffer))
+            return
         convert: Any = decoder._apply
         convert(lambda weight: weight.to(features.device, wanted(weight)))
 

@@ -59,7 +59,12 @@ class _Call(NamedTuple):
 
 
 def links(
-    backbone: nn.Module, batch: Tensor, note: Callable[[], object] = lambda: None, cuts: Sequence[str] = ()
+    backbone: nn.Module,
+    batch: Tensor,
+    note: Callable[[], object] = lambda: None,
+    cuts: Sequence[str] = (),
+    *,
+    evaluate: bool = True,
 ) -> list[Link]:
     """Runs ``backbone`` once, in eval mode and without a trace, and finds every place where one tensor passes.
 
@@ -72,6 +77,7 @@ def links(
         batch: what it takes.
         note: called at the end of every submodule.
         cuts: submodules after which links end in any case.
+        evaluate: ``False`` to leave the modes as they are.
 
     Raises:
         ValueError: if the forward fails.
@@ -81,20 +87,20 @@ def links(
         >>> [link.end for link in links(net, torch.zeros(2, 4))]
         ['0', '1.0', '1', '2']
     """
-    forward = _Forward(backbone, batch, note)
+    forward = _Forward(backbone, batch, note, evaluate=evaluate)
     return forward.chain(forward.calls[-1], cuts) if forward.calls else []
 
 
 def longest(backbone: nn.Module, batch: Tensor) -> list[Link]:
     """The most links one after another that lead to the outlet of any call: those of a U-Net's encoder, for instance."""
-    forward = _Forward(backbone, batch, lambda: None)
+    forward = _Forward(backbone, batch, lambda: None, evaluate=True)
     return max((forward.chain(call) for call in forward.calls), key=len, default=[])
 
 
 class _Forward:
     """Every call of a submodule that returns one tensor with a graph, in the order in which they end; no tensor is kept."""
 
-    def __init__(self, backbone: nn.Module, batch: Tensor, note: Callable[[], object]) -> None:
+    def __init__(self, backbone: nn.Module, batch: Tensor, note: Callable[[], object], *, evaluate: bool) -> None:
         scripted = {part for module in backbone.modules() if _scripted(module) for part in module.modules()}
         names = {module: name for name, module in backbone.named_modules() if name and module not in scripted}
         inlets: dict[nn.Module, list[tuple[int | None, int]]] = {}
@@ -116,8 +122,8 @@ class _Forward:
             passes = outlet == inlet and version(output) == before
             self.calls.append(_Call(names[module], inlet, outlet, form, place, note(), passes))
 
-        quiet, hooks = undisturbed(backbone), attached(dict.fromkeys(names, enter), dict.fromkeys(names, leave))
-        heard = channels.heard()
+        hooks, heard = attached(dict.fromkeys(names, enter), dict.fromkeys(names, leave)), channels.heard()
+        quiet = undisturbed(backbone, evaluate=evaluate)
         with quiet, quiet, heard, heard, hooks, hooks, torch.enable_grad():
             images = batch.detach().clone()
             weights = list(backbone.parameters())

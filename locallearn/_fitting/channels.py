@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -80,8 +80,8 @@ def _said(module: nn.Module) -> int | None:
     return -1 if type(module).forward in (nn.Linear.forward, nn.Embedding.forward) else None
 
 
-def channel_axis(features: Tensor) -> int:
-    """The axis that holds the channels of a feature map, as its shape tells, where no module says it.
+def channel_axis(shape: Sequence[int]) -> int:
+    """The axis that holds the channels of a feature map of that shape, where no module says it.
 
     ======================================  ====  ==================================================
     shape                                   axis
@@ -95,11 +95,10 @@ def channel_axis(features: Tensor) -> int:
     Where the shape misleads, :func:`agreed_axis` finds out.
 
     Example:
-        >>> channel_axis(torch.zeros(2, 64, 56, 56)), channel_axis(torch.zeros(2, 56, 56, 96))
+        >>> channel_axis((2, 64, 56, 56)), channel_axis((2, 56, 56, 96))
         (1, -1)
     """
-    shape = features.shape
-    if features.ndim == 3 or (features.ndim == 4 and shape[1] == shape[2] != shape[3]):
+    if len(shape) == 3 or (len(shape) == 4 and shape[1] == shape[2] != shape[3]):
         return -1
     return 1
 
@@ -110,7 +109,7 @@ def agreed_axis(features: Tensor, weights: Iterable[torch.Size]) -> int:
     Raises:
         ValueError: if no weight has the size of that axis, but some weight puts out what the other candidate has.
     """
-    at = channel_axis(features)
+    at = channel_axis(features.shape)
     shape, other = tuple(features.shape), -1 if at == 1 else 1
     square = at == 1 and features.ndim > 3 and len(set(shape[2:])) == 1  # maps with channels first, whatever their size
     sizes = [size for size in weights if len(size)]

@@ -153,7 +153,7 @@ def _unite(model: LocalWrapper) -> None:
 
 def _weighed(model: LocalWrapper, batch: Tensor) -> list[list[Piece]]:
     """The pieces of every stage, the last of them with what the units' decoders on it take."""
-    sample = Sample(model.backbone, batch, model.stages)
+    sample = Sample(model.backbone, batch, model.stages, evaluate=False)
     found = list(model._runs)
     between = places(model.backbone, sample.chain, len(sample.inputs), found)
     ends = [link for link in sample.chain if link in between or link.end in model.stages]

@@ -62,33 +62,34 @@ class _Mark(NamedTuple):
 
 
 class Sample:
-    """One forward of two inputs, in eval mode and without a trace, whose graph is kept as long as this object.
+    """One forward of two inputs, without a trace, whose graph is kept as long as this object.
 
-    Sizes and FLOPs are those of as many inputs as ``batch`` has. What only training makes (the masks of dropout) does not
-    count.
+    Sizes and FLOPs are those of as many inputs as ``batch`` has.
 
     Args:
         model: the backbone.
         batch: what it is to be weighed for.
         cuts: submodules after which links end in any case.
+        evaluate: whether it runs in eval mode, where what only training makes (masks of dropout) does not count.
 
     Attributes:
         inputs: the two.
         chain: what lies between places at which ``model`` can be cut.
-        misfits: why a decoder does not fit an outlet, by the names of submodules.
+        misfits: why a decoder does not fit outlets of a shape.
     """
 
-    def __init__(self, model: nn.Module, batch: Tensor, cuts: Sequence[str] = ()) -> None:
+    def __init__(self, model: nn.Module, batch: Tensor, cuts: Sequence[str] = (), *, evaluate: bool = True) -> None:
         self.inputs = batch[:2] if len(batch) > 1 else torch.cat([batch, batch])
         self._live, self._counter = ScaledBytes(self.inputs, len(batch) / len(self.inputs)), Flops()
-        self._shapes = [weight.shape for weight in model.parameters()]
-        self.misfits: dict[str, str] = {}
+        self.misfits: dict[torch.Size, str] = {}
         start: list[_Mark] = []
         begin = attached({model: lambda *_: start.append(self._mark())}, {})
         with begin, begin, self._counter, self._live:
-            self.chain = links(model, self.inputs, self._mark, cuts)
+            self.chain = links(model, self.inputs, self._mark, cuts, evaluate=evaluate)
+        self._shapes = tuple(weight.shape for weight in model.parameters())
         self._start = start[0]
         self._backwards: dict[object, tuple[int, int]] = {}  # of pieces that are alike
+        self._decoders: dict[object, tuple[float, int]] = {}
 
     def _mark(self) -> _Mark:
         return _Mark(len(self._live.history) - 1, self._counter.total)
@@ -101,7 +102,7 @@ class Sample:
         for link in ends:
             begin = self._start if below is None else below.noted
             history = self._live.history[begin.at : link.noted.at + 1]
-            weights = _weights(link.place, None if below is None else below.place)
+            weights = trained_below(link, below)
             frozen = frozen and not weights
             outlet, shape = self._size(link.outlet), self._shape(link.outlet)
             forward, spent = max(history) - history[0], int((link.noted.flops - begin.flops) * self._live.factor)
@@ -117,10 +118,10 @@ class Sample:
             plain.append(piece)
             within = self.chain[0 if below is None else self.chain.index(below) + 1 : self.chain.index(link) + 1]
             if not frozen and _recomputed(within, runs):
-                # It keeps its outlet, and every backward makes its graph again, and frees it on the way. A forward without a
-                # graph takes a few of its largest tensors.
+                # It keeps its outlet, and every backward makes its graph again, with another one where the graph saves the
+                # outlet, and frees it on the way. A forward without a graph takes a few of its largest tensors.
                 once = outlet + 2 * max(after - before for before, after in pairwise(history))
-                again = push + outlet
+                again = push + (outlet if hasattr(type(link.place.node), "_saved_result") else 0)
                 piece = piece._replace(kept=outlet, pull=again, push=again, forward=min(forward, once))
             lean.append(piece)
             below = link
@@ -128,17 +129,23 @@ class Sample:
 
     def decoded(self, piece: Piece, link: Link, decoder: Decoder, axis: int | None) -> Piece:
         """``piece``, which ends at ``link``, with what ``decoder`` takes there."""
-        at = link.axis if axis is None else axis
-        with torch.random.fork_rng(range(torch.cuda.device_count()) if self.inputs.is_cuda else []):
-            features = self.like(link)
+        alike = (link.outlet, link.axis)
+        if alike not in self._decoders:
+            self._decoders[alike] = self._decode(link, decoder, axis)
+        takes, spent = self._decoders[alike]
+        return piece._replace(train=takes, decoder_flops=spent)
+
+    def _decode(self, link: Link, decoder: Decoder, axis: int | None) -> tuple[float, int]:
+        features = self.like(link)
+        outlet = Outlet(features, None, self._shapes, link.axis)
+        gpu = [features.device] if features.is_cuda else []
+        with torch.random.fork_rng(gpu, device_type="cuda"):
             try:
-                outlet = Outlet(features, None, tuple(self._shapes), at)
                 (module,) = attach(decoder, Plan(1, [Unit(0, 0)]), Hard(), [outlet], axis)
             except ValueError as error:
-                self.misfits[link.end] = str(error)
-                return piece._replace(train=inf)
-            takes, spent = self.train(module, features)
-        return piece._replace(train=takes, decoder_flops=spent)
+                self.misfits[link.outlet.shape] = str(error)
+                return inf, 0
+            return self.train(module, features)
 
     def like(self, link: Link) -> Tensor:
         """A tensor like the outlet, which grows with the inputs."""
@@ -195,19 +202,18 @@ class Sample:
         return prod(self._shape(form)) * form.dtype.itemsize
 
 
-def _weights(outlet: GradientEdge, inlet: GradientEdge | None) -> list[Tensor]:
-    """The trained tensors between two places of a graph."""
-    stack, seen, found = [outlet.node], {outlet.node}, list[Tensor]()
-    if inlet is not None:
-        seen.add(inlet.node)
+def trained_below(link: Link, below: Link | None = None) -> list[Tensor]:
+    """The trained tensors that lead to the outlet of ``link``, above that of ``below``."""
+    stack, found = [link.place.node], list[Tensor]()
+    seen = {*stack, *([] if below is None else [below.place.node])}
     while stack:
         node = stack.pop()
         if type(node).__name__ == "AccumulateGrad":
             found.append(node.variable)  # type: ignore[attr-defined]
-        for below, _ in node.next_functions:
-            if below is not None and below not in seen:
-                seen.add(below)
-                stack.append(below)
+        for lower, _ in node.next_functions:
+            if lower is not None and lower not in seen:
+                seen.add(lower)
+                stack.append(lower)
     return found
 
 

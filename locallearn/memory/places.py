@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-import torch
 from torch import nn
 
 from locallearn._fitting.chain import Link
+from locallearn._fitting.channels import channel_axis
 from locallearn._fitting.outlets import batch_first
 from locallearn._fitting.recomputed import natural
 from locallearn._walk.recompute import Run
@@ -33,7 +33,7 @@ def places(model: nn.Module, chain: Sequence[Link], rows: int, whole: Collection
         for link in chain
         if batch_first(link.outlet.shape, rows) and not any(link.end.startswith(f"{name}.") for name in outer)
     ]
-    maps = [link for link in cuttable if positions(link.outlet.shape) > 1]
+    maps = [link for link in cuttable if positions(link) > 1]
     if not maps:
         return [link for link in cuttable if link.block not in inside]
     last = _last(model, maps[-1], cuttable, together)
@@ -62,6 +62,7 @@ def trained(model: nn.Module, link: Link) -> int:
     return sum(weight.numel() for weight in model.get_submodule(link.block).parameters() if weight.requires_grad)
 
 
-def positions(shape: torch.Size) -> int:
-    """Of a feature map, or tokens: all that is neither batch nor channels, whichever axis those have; 1 for vectors."""
-    return shape[1:].numel() // max(shape[1], shape[-1]) if len(shape) > 2 else 1
+def positions(link: Link) -> int:
+    """Of a feature map, or tokens: all that is neither batch nor channels; 1 for vectors."""
+    shape = link.outlet.shape
+    return shape[1:].numel() // shape[link.axis or channel_axis(shape)]

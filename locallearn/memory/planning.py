@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from math import inf
+from math import ceil, inf
 
 from torch import Tensor, nn
 
 from locallearn._fitting.attach import Decoder
-from locallearn._fitting.chain import longest
+from locallearn._fitting.chain import Link, longest
 from locallearn._fitting.outlets import check_graph, example_batch
 from locallearn._fitting.recomputed import Policy, runs
-from locallearn.memory.pieces import Piece, Sample
+from locallearn.memory.pieces import Piece, Sample, trained_below
 from locallearn.memory.places import places
 from locallearn.memory.predict import predict
 from locallearn.plan import Plan
@@ -29,12 +29,14 @@ class StagePlan:
         plan: what it was chosen for.
         pieces: what the stages are made of, stage by stage.
         recomputed: the same pieces under ``checkpoint=``.
+        left_out: submodules whose weights lie behind the last cut, or beside all stages, and are not trained.
     """
 
     stages: tuple[str, ...]
     plan: Plan
     pieces: tuple[tuple[Piece, ...], ...]
     recomputed: tuple[tuple[Piece, ...], ...]
+    left_out: tuple[str, ...] = ()
 
     def peak(self, overlap: int | None = None, *, checkpoint: bool = False) -> float:
         """The predicted peak of live bytes of a step, without weights, their gradients and the images.
@@ -54,6 +56,8 @@ class StagePlan:
             kept, left = (sum(piece.kept for piece in part) / 1e6 for part in (stage, lean))
             shape = str(tuple(stage[-1].shape))
             lines.append(f"{number:>5}  {end:24} {shape:>22} {share:>7.1%} {kept:>9,.0f} {left:>11,.0f}")
+        numbers = sum(piece.weights for stage in self.pieces for piece in stage)
+        lines.append(f"trained: {numbers:,} weights; left out: {', '.join(self.left_out) or 'none'}")
         lines.append("")
         lines.append(f"{'predicted peak, MB':34} {'plain':>8} {'':>7} {'recomputed':>11}")
         top = len(self.stages) - 1
@@ -115,7 +119,7 @@ def plan_stages(
     plain, lean = sample.pieces(ends, found)
     plain = [sample.decoded(piece, end, decoder, channel_axis) for piece, end in zip(plain, ends, strict=True)]
     if all(piece.train == inf for piece in plain[n - 1 :]):
-        raise ValueError(_misfit(sample, plain[-1]))
+        raise ValueError(_misfit(sample, ends[-1]))
     lean = [
         piece._replace(train=known.train, decoder_flops=known.decoder_flops)
         for piece, known in zip(lean, plain, strict=True)
@@ -128,6 +132,7 @@ def plan_stages(
         plan,
         tuple(tuple(plain[a:b]) for a, b in pairwise(bounds)),
         tuple(tuple(lean[a:b]) for a, b in pairwise(bounds)),
+        _left_out(model, {id(weight) for weight in trained_below(ends[-1])}),
     )
 
 
@@ -135,6 +140,16 @@ def sixty_four(model: nn.Module, example: Tensor | Sequence[Tensor] | None) -> T
     """The first of ``example``'s inputs, as a batch of 64, which takes no more memory."""
     batch = example_batch(model, example)
     return batch[:1].expand(64, *batch.shape[1:])
+
+
+def _left_out(model: nn.Module, reached: Collection[int]) -> tuple[str, ...]:
+    """The outermost submodules all of whose trainable weights are not ``reached``."""
+    found: list[str] = []
+    for name, module in model.named_modules():
+        ours = [id(weight) for weight in module.parameters() if weight.requires_grad]
+        if ours and not any(weight in reached for weight in ours) and not any(name.startswith(f"{f}.") for f in found):
+            found.append(name)
+    return tuple(found)
 
 
 def _too_few(model: nn.Module, sample: Sample, n: int, ends: Sequence[str]) -> str:
@@ -148,10 +163,10 @@ def _too_few(model: nn.Module, sample: Sample, n: int, ends: Sequence[str]) -> s
     return told
 
 
-def _misfit(sample: Sample, top: Piece) -> str:
+def _misfit(sample: Sample, top: Link) -> str:
     return (
-        f"decoder= fits no outlet at which a unit could end. That of {top.end!r} has shape {tuple(top.shape)}: "
-        f"{sample.misfits[top.end]}. Leave decoder= away, for one that is chosen by the shape"
+        f"decoder= fits no outlet at which a unit could end. At {top.end!r}: {sample.misfits[top.outlet.shape]}. Leave decoder= "
+        "away, for decoders that are chosen by the outlets' shapes"
     )
 
 
@@ -163,30 +178,32 @@ def _best(plan: Plan, pieces: Sequence[Piece], budget: float, *, peak_first: boo
     """How many pieces lie up to the end of each stage: by branch and bound, exact.
 
     The stages are chosen from the bottom. The lowest units alone take no more than they do among all, so what they take
-    bounds what can come of a beginning.
+    bounds what can come of a beginning. So does what is left: one of the units above keeps its share of it at least.
     """
     n, overlap = plan.stages, len(plan.units[0].updates) - 1
+    kept = [sum(piece.kept for piece in pieces[end:]) for end in range(len(pieces) + 1)]
+    flops = [sum(piece.flops for piece in pieces[end:]) for end in range(len(pieces) + 1)]
     best: tuple[float, float, tuple[int, ...]] = (inf, inf, ())
 
-    def extend(ends: tuple[int, ...]) -> None:
+    def extend(ends: tuple[int, ...], peak: float, most: float) -> None:
         nonlocal best
-        if ends:
-            stages = [pieces[a:b] for a, b in pairwise((0, *ends))]
-            peak = 0.0
-            if len(ends) > overlap:
-                peak = _peak(Plan.windows(len(ends), overlap), stages)
-            most = float(max(sum(piece.flops for piece in stage) for stage in stages))
-            first, second = (peak, most) if peak_first else (most, peak)
-            if peak > budget or peak == inf or (first, second) >= best[:2]:
-                return
-            if len(ends) == n:
-                best = (first, second, ends)
-                return
         left = n - len(ends)
         for end in [len(pieces)] if left == 1 else range((ends or (0,))[-1] + 1, len(pieces) - left + 2):
-            extend((*ends, end))
+            chosen = (*ends, end)
+            highest = max(peak, kept[end] / max(1, ceil((left - 1) / (overlap + 1))))
+            heaviest = max(most, flops[chosen[-2] if ends else 0] - flops[end], flops[end] / max(1, left - 1))
+            if highest <= budget and (highest, heaviest)[:: 1 if peak_first else -1] < best[:2] and len(chosen) > overlap:
+                stages = [pieces[a:b] for a, b in pairwise((0, *chosen))]
+                highest = max(highest, _peak(Plan.windows(len(chosen), overlap), stages))
+            first, second = (highest, heaviest) if peak_first else (heaviest, highest)
+            if highest > budget or highest == inf or (first, second) >= best[:2]:
+                continue
+            if left == 1:
+                best = (first, second, chosen)
+            else:
+                extend(chosen, highest, heaviest)
 
-    extend(())
+    extend((), 0.0, 0.0)
     if not best[2] and budget < inf:
         ends = _best(plan, pieces, inf, peak_first=True)
         least = _peak(plan, [pieces[a:b] for a, b in pairwise((0, *ends))])
