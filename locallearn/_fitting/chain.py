@@ -153,7 +153,7 @@ class _Forward:
             block = uncut[-1] if uncut else inner_first[0]
             follows = block.inlet == below and below not in passed
             axis = self._channels.axis(whole.form.shape, whole.outlet)
-            chain.append(Link(whole.name, block.name, follows, whole.form, place, axis, inner_first[-1].noted))
+            chain.append(Link(whole.name, block.name, follows, whole.form, place, axis, whole.noted))
             below = whole.outlet
         return chain
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch.nn.functional as F
 from einops import reduce
 from torch import Tensor, nn
 
@@ -138,7 +139,7 @@ class _Bottleneck(nn.Module):
 
     def __init__(self, before: int, width: int, after: int, stride: int, dims: int) -> None:
         super().__init__()
-        pool = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)[dims - 1](stride, ceil_mode=True, count_include_pad=False)  # a 1x1 map stays one
+        pool = (nn.AvgPool1d, nn.AvgPool2d, _AvgPool3d)[dims - 1](stride, ceil_mode=True, count_include_pad=False)  # a 1x1 map stays one
         self.pool = nn.Identity() if stride == 1 else pool
         self.branch = nn.Sequential(
             *_conv(before, width, 1, dims=dims),
@@ -153,6 +154,14 @@ class _Bottleneck(nn.Module):
         maps = self.pool(maps)
         total: Tensor = self.branch(maps) + self.shortcut(maps)
         return total.relu_()
+
+
+class _AvgPool3d(nn.AvgPool3d):
+    """Takes an axis shorter than the kernel too, such as a single frame, as the others do."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        kernel = [min(self.kernel_size, size) for size in input.shape[2:]]
+        return F.avg_pool3d(input, kernel, ceil_mode=True, count_include_pad=False)
 
 
 def _conv(before: int, after: int, kernel: int, stride: int = 1, dims: int = 2) -> tuple[nn.Module, nn.Module]:

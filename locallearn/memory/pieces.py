@@ -34,6 +34,7 @@ class Piece(NamedTuple):
         flops: of its forward.
         outlet: size of its outlet.
         kept: what its graph keeps alive after the forward, the outlet included and the inlet not.
+        held: what the backbone's own variables keep alive beside that, until its forward goes on.
         forward: the most that is alive during its forward, beside what was before.
         pull: likewise during a backward to the inlet only, which retains the graph; with the gradient that comes in.
         push: likewise during the last backward, to weights and inlet.
@@ -48,6 +49,7 @@ class Piece(NamedTuple):
     flops: int
     outlet: int
     kept: int
+    held: int
     forward: int
     pull: int
     push: int
@@ -94,6 +96,13 @@ class Sample:
     def _mark(self) -> _Mark:
         return _Mark(len(self._live.history) - 1, self._counter.total)
 
+    def _settled(self, mark: _Mark) -> int:
+        """When what the call that has ended kept alive is freed."""
+        at, history = mark.at, self._live.history
+        while at + 1 < len(history) and history[at + 1] < history[at]:
+            at += 1
+        return at
+
     def pieces(self, ends: Sequence[Link], runs: Collection[Run]) -> tuple[list[Piece], list[Piece]]:
         """What lies between ``ends``, as it is and with ``runs`` recomputed; without decoders, whose fields are 0."""
         plain, lean = list[Piece](), list[Piece]()
@@ -101,12 +110,13 @@ class Sample:
         frozen = True
         for link in ends:
             begin = self._start if below is None else below.noted
-            history = self._live.history[begin.at : link.noted.at + 1]
+            history = self._live.history[self._settled(begin) : self._settled(link.noted) + 1]
             weights = trained_below(link, below)
             frozen = frozen and not weights
             outlet, shape = self._size(link.outlet), self._shape(link.outlet)
             forward, spent = max(history) - history[0], int((link.noted.flops - begin.flops) * self._live.factor)
             kept = outlet if frozen else history[-1] - history[0]  # below what is trained there is no graph
+            held = self._live.history[link.noted.at] - history[-1]
             pull = push = kept
             if not frozen:
                 alike = (shape, spent, kept, forward, tuple(weight.shape for weight in weights), below and below.outlet)
@@ -114,7 +124,7 @@ class Sample:
                     self._backwards[alike] = self._backward(link, None if below is None else below.place, weights)
                 pull, push = (kept + more for more in self._backwards[alike])
             trained = sum(weight.numel() for weight in weights)
-            piece = Piece(link.end, shape, spent, outlet, kept, forward, pull, push, 0.0, 0, trained)
+            piece = Piece(link.end, shape, spent, outlet, kept, held, forward, pull, push, 0.0, 0, trained)
             plain.append(piece)
             within = self.chain[0 if below is None else self.chain.index(below) + 1 : self.chain.index(link) + 1]
             if not frozen and _recomputed(within, runs):

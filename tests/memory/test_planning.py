@@ -193,5 +193,5 @@ def test_automatic_cuts_of_a_resnet50_save_more_than_the_papers() -> None:
 def test_the_plan_prints_as_a_table() -> None:
     text = str(plan_stages(chain([24, 4, 16, 8]), torch.zeros(8, 3, 16, 16), 2))
     assert [line.split()[0] for line in text.splitlines() if line] == [
-        *("stage", "0", "1", "predicted", "end-to-end", "Greedy", "LoCo")
+        *("stage", "0", "1", "trained:", "predicted", "end-to-end", "Greedy", "LoCo")
     ]
