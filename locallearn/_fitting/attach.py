@@ -18,7 +18,6 @@ from locallearn.decoders.fitting import fitting
 from locallearn.plan import Plan
 from locallearn.sharing import Sharing
 
-
 Decoder: TypeAlias = Callable[[int], nn.Module] | Sequence[nn.Module] | Literal["auto"]
 
 
@@ -33,7 +32,8 @@ def attach(
     """One module per unit, from the outlet of the unit's last stage to what its loss reads.
 
     Args:
-        decoder: makes a module from the outlet's width; or the modules themselves; or ``"auto"``, for :func:`locallearn.decoders.fitting.fitting`.
+        decoder: makes a module from the outlet's width; or the modules themselves; or ``"auto"``, for
+            :func:`locallearn.decoders.fitting.fitting`.
         plan: its units tell which outlet.
         sharing: may put a private stage in front.
         outlets: of every stage, for a small batch.

@@ -109,9 +109,7 @@ class _Forward:
 
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             alone = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
-            inlets.setdefault(module, []).append(
-                (channels.number(args[0]), version(args[0])) if alone else (None, 0)
-            )
+            inlets.setdefault(module, []).append((channels.number(args[0]), version(args[0])) if alone else (None, 0))
 
         def leave(module: nn.Module, args: Any, output: object) -> None:
             inlet, before = inlets[module].pop()

@@ -123,7 +123,9 @@ def failure(backbone: nn.Module, cuts: Sequence[str], batch: Tensor, error: Exce
             "If not, it fails without LocalWrapper too: model.eval()(batch)"
         )
     if not cuts:
-        return f"{kind} runs on {given}, but not while its submodules are watched by hooks ({told}). Name the stages: stages=[...]"
+        return (
+            f"{kind} runs on {given}, but not while hooks watch its submodules ({told}). Name the stages: stages=[...]"
+        )
     return (
         f"{kind} does not run on {given} if stages end after {list(cuts)}, though it runs without ({told}). Over a cut passes "
         "a tensor that is equal to the outlet, but another object without its graph; end the stages where that will do"

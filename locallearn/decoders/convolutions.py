@@ -139,8 +139,7 @@ class _Bottleneck(nn.Module):
 
     def __init__(self, before: int, width: int, after: int, stride: int, dims: int) -> None:
         super().__init__()
-        pool = (nn.AvgPool1d, nn.AvgPool2d, _AvgPool3d)[dims - 1](stride, ceil_mode=True, count_include_pad=False)  # a 1x1 map stays one
-        self.pool = nn.Identity() if stride == 1 else pool
+        self.pool = _pool(stride, dims)
         self.branch = nn.Sequential(
             *_conv(before, width, 1, dims=dims),
             nn.ReLU(inplace=True),
@@ -156,12 +155,25 @@ class _Bottleneck(nn.Module):
         return total.relu_()
 
 
-class _AvgPool3d(nn.AvgPool3d):
-    """Takes an axis shorter than the kernel too, such as a single frame, as the others do."""
+class _AvgPool3d(nn.Module):
+    """Unlike torch's it takes an axis that is shorter than the kernel, such as a single frame."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        kernel = [min(self.kernel_size, size) for size in input.shape[2:]]
-        return F.avg_pool3d(input, kernel, ceil_mode=True, count_include_pad=False)
+    def __init__(self, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+
+    def forward(self, maps: Tensor) -> Tensor:
+        kernel = [min(self.stride, size) for size in maps.shape[2:]]
+        return F.avg_pool3d(maps, kernel, ceil_mode=True, count_include_pad=False)
+
+
+def _pool(stride: int, dims: int) -> nn.Module:
+    """Average pooling, after which a map of a single position still has one."""
+    if stride == 1:
+        return nn.Identity()
+    if dims == 3:
+        return _AvgPool3d(stride)
+    return (nn.AvgPool1d, nn.AvgPool2d)[dims - 1](stride, ceil_mode=True, count_include_pad=False)
 
 
 def _conv(before: int, after: int, kernel: int, stride: int = 1, dims: int = 2) -> tuple[nn.Module, nn.Module]:

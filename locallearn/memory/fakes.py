@@ -106,7 +106,9 @@ _CACHE: Any = type(lru_cache(lambda: None))
 
 def _names(found: dict[Any, Any]) -> bool:
     """Whether it holds the attributes of something, which has no use for fewer."""
-    return any(isinstance(owner, type) or getattr(owner, "__dict__", None) is found for owner in gc.get_referrers(found))
+    return any(
+        isinstance(owner, type) or getattr(owner, "__dict__", None) is found for owner in gc.get_referrers(found)
+    )
 
 
 def _holders(alive: list[Tensor]) -> Iterator[Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from itertools import pairwise
 from math import inf, prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -188,7 +188,7 @@ class Sample:
         self._live.expect_gradients(weights)
         return pull, self._peak(link, [below, *weights] if below is not None else weights, retain=False)
 
-    def _peak(self, link: Link, inputs: Sequence[Tensor | GradientEdge], *, retain: bool) -> int:
+    def _peak(self, link: Link, inputs: Sequence[Any], *, retain: bool) -> int:
         live, seed = self._live.history, self._size(link.outlet)
         begin, ends = len(live) - 1, [len(live) - 1]
         gradient = self.like(link)

@@ -185,6 +185,12 @@ def _best(plan: Plan, pieces: Sequence[Piece], budget: float, *, peak_first: boo
     flops = [sum(piece.flops for piece in pieces[end:]) for end in range(len(pieces) + 1)]
     best: tuple[float, float, tuple[int, ...]] = (inf, inf, ())
 
+    def ordered(peak: float, most: float) -> tuple[float, float]:
+        return (peak, most) if peak_first else (most, peak)
+
+    def better(peak: float, most: float) -> bool:
+        return peak <= budget and peak < inf and ordered(peak, most) < best[:2]
+
     def extend(ends: tuple[int, ...], peak: float, most: float) -> None:
         nonlocal best
         left = n - len(ends)
@@ -192,14 +198,13 @@ def _best(plan: Plan, pieces: Sequence[Piece], budget: float, *, peak_first: boo
             chosen = (*ends, end)
             highest = max(peak, kept[end] / max(1, ceil((left - 1) / (overlap + 1))))
             heaviest = max(most, flops[chosen[-2] if ends else 0] - flops[end], flops[end] / max(1, left - 1))
-            if highest <= budget and (highest, heaviest)[:: 1 if peak_first else -1] < best[:2] and len(chosen) > overlap:
+            if better(highest, heaviest) and len(chosen) > overlap:
                 stages = [pieces[a:b] for a, b in pairwise((0, *chosen))]
                 highest = max(highest, _peak(Plan.windows(len(chosen), overlap), stages))
-            first, second = (highest, heaviest) if peak_first else (heaviest, highest)
-            if highest > budget or highest == inf or (first, second) >= best[:2]:
+            if not better(highest, heaviest):
                 continue
             if left == 1:
-                best = (first, second, chosen)
+                best = (*ordered(highest, heaviest), chosen)
             else:
                 extend(chosen, highest, heaviest)
 

@@ -46,7 +46,9 @@ def stages_of(model: nn.Module, n: int = 4, example: Tensor | Sequence[Tensor] |
     chain = links(model, batch)
     blocks = places(model, chain, len(batch))
     if len(blocks) < n:
-        raise ValueError(f"{n} stages need as many blocks, but the model can only be cut after {[b.end for b in blocks]}")
+        raise ValueError(
+            f"{n} stages need as many blocks, but the model can only be cut after {[b.end for b in blocks]}"
+        )
     named = max(_by_resolution(model, chain, blocks), key=len, default=[])[-n:]
     if len(named) < n:
         alike = [list(group) for _, group in groupby(blocks, lambda link: type(model.get_submodule(link.block)))]
@@ -63,7 +65,8 @@ def _by_resolution(model: nn.Module, chain: Sequence[Link], blocks: Sequence[Lin
             families.setdefault(name.rpartition(".")[0], []).append((link, name))
     for parent in sorted(families, key=lambda name: name.count(".") + (name != "")):
         family, found, before = families[parent], list[str](), 0
-        if positions(blocks[-1]) != positions(family[-1][0]):  # a pooling that belongs to the last block is a child elsewhere
+        if positions(blocks[-1]) != positions(family[-1][0]):
+            # a pooling that belongs to the last block is a child elsewhere
             family.append((blocks[-1], blocks[-1].block))
         for _, group in groupby(family, lambda child: positions(child[0])):
             *_, (last, name) = group

@@ -92,5 +92,5 @@ def test_there_are_no_maps_of_four_dimensions() -> None:
 
 def test_another_word_than_auto_is_refused() -> None:
     wrong: Callable[[int], nn.Module] = "conv"  # type: ignore[assignment]
-    with pytest.raises(TypeError, match="decoder is 'auto', a callable .*got 'conv'"):
+    with pytest.raises(TypeError, match=r"decoder is 'auto', a callable .*got 'conv'"):
         LocalWrapper(maps(2), [0, 2], decoder=wrong, example=torch.rand(2, 3, 4, 4))

@@ -206,7 +206,9 @@ def test_what_is_cut_may_be_small_parts_of_a_features_only_network() -> None:
 
 @pytest.mark.parametrize("stages", ["auto", ["layer1", "layer2"]])
 def test_an_example_that_the_backbone_does_not_take_is_told_alike(stages: Any) -> None:
-    with pytest.raises(ValueError, match=r"ResNet does not run on a batch of shape \(2, 1, 8, 8\).*give that: LocalWrapper"):
+    with pytest.raises(
+        ValueError, match=r"ResNet does not run on a batch of shape \(2, 1, 8, 8\).*give that: LocalWrapper"
+    ):
         LocalWrapper(models.resnet18(), stages, example=torch.rand(2, 1, 8, 8))
 
 
@@ -225,14 +227,18 @@ class UNet(nn.Module):
 
 def test_a_u_net_is_told_that_its_encoder_would_do() -> None:
     net, images = UNet(), torch.rand(2, 3, 8, 8)
-    with pytest.raises(ValueError, match=r"only be cut after \['d1', 'u1'\]. Up to 'd3' more would do, .*needed until the end"):
+    with pytest.raises(
+        ValueError, match=r"only be cut after \['d1', 'u1'\]. Up to 'd3' more would do, .*needed until the end"
+    ):
         plan_stages(net, images, 3)
     encoder = nn.Sequential(net.d1, net.d2, net.d3)
     assert plan_stages(encoder, images, 3).stages == ("0", "1", "2")
 
 
 def test_a_decoder_that_fits_nowhere_is_told_with_the_shape() -> None:
-    with pytest.raises(ValueError, match=r"fits no outlet .*of shape \(2, 8, 16, 16\): .*chosen by the outlets' shapes"):
+    with pytest.raises(
+        ValueError, match=r"fits no outlet .*of shape \(2, 8, 16, 16\): .*chosen by the outlets' shapes"
+    ):
         plan_stages(small(), torch.rand(2, 3, 16, 16), 2, decoder=lambda width: nn.Linear(width + 1, 2))
 
 
