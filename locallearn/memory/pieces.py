@@ -213,13 +213,13 @@ class Sample:
 
 
 def trained_below(link: Link, below: Link | None = None) -> list[Tensor]:
-    """The trained tensors that lead to the outlet of ``link``, above that of ``below``."""
+    """The trained weights that lead to the outlet of ``link``, above that of ``below``."""
     stack, found = [link.place.node], list[Tensor]()
     seen = {*stack, *([] if below is None else [below.place.node])}
     while stack:
         node = stack.pop()
-        if type(node).__name__ == "AccumulateGrad":
-            found.append(node.variable)  # type: ignore[attr-defined]
+        if isinstance(leaf := getattr(node, "variable", None), nn.Parameter):  # the inputs may be another leaf
+            found.append(leaf)
         for lower, _ in node.next_functions:
             if lower is not None and lower not in seen:
                 seen.add(lower)
