@@ -64,7 +64,7 @@ def links(
     note: Callable[[], object] = lambda: None,
     cuts: Sequence[str] = (),
     *,
-    evaluate: bool = True,
+    disturb: bool = False,
 ) -> list[Link]:
     """Runs ``backbone`` once, in eval mode and without a trace, and finds every place where one tensor passes.
 
@@ -77,7 +77,7 @@ def links(
         batch: what it takes.
         note: called at the end of every submodule.
         cuts: submodules after which links end in any case.
-        evaluate: ``False`` to leave the modes as they are.
+        disturb: ``True`` to run it in the modes that it has, and to leave what that changes, as in a copy.
 
     Raises:
         ValueError: if the forward fails.
@@ -87,20 +87,20 @@ def links(
         >>> [link.end for link in links(net, torch.zeros(2, 4))]
         ['0', '1.0', '1', '2']
     """
-    forward = _Forward(backbone, batch, note, evaluate=evaluate)
+    forward = _Forward(backbone, batch, note, disturb=disturb)
     return forward.chain(forward.calls[-1], cuts) if forward.calls else []
 
 
 def longest(backbone: nn.Module, batch: Tensor) -> list[Link]:
     """The most links one after another that lead to the outlet of any call: those of a U-Net's encoder, for instance."""
-    forward = _Forward(backbone, batch, lambda: None, evaluate=True)
+    forward = _Forward(backbone, batch, lambda: None, disturb=False)
     return max((forward.chain(call) for call in forward.calls), key=len, default=[])
 
 
 class _Forward:
     """Every call of a submodule that returns one tensor with a graph, in the order in which they end; no tensor is kept."""
 
-    def __init__(self, backbone: nn.Module, batch: Tensor, note: Callable[[], object], *, evaluate: bool) -> None:
+    def __init__(self, backbone: nn.Module, batch: Tensor, note: Callable[[], object], *, disturb: bool) -> None:
         scripted = {part for module in backbone.modules() if _scripted(module) for part in module.modules()}
         names = {module: name for name, module in backbone.named_modules() if name and module not in scripted}
         inlets: dict[nn.Module, list[tuple[int | None, int]]] = {}
@@ -121,7 +121,7 @@ class _Forward:
             self.calls.append(_Call(names[module], inlet, outlet, form, place, note(), passes))
 
         hooks, heard = attached(dict.fromkeys(names, enter), dict.fromkeys(names, leave)), channels.heard()
-        quiet = undisturbed(backbone, evaluate=evaluate)
+        quiet = undisturbed(*([] if disturb else [backbone]))
         with quiet, quiet, heard, heard, hooks, hooks, torch.enable_grad():
             images = batch.detach().clone()
             weights = list(backbone.parameters())
@@ -131,6 +131,8 @@ class _Forward:
             try:
                 backbone(images)
             except Exception as error:
+                if disturb:
+                    raise
                 raise ValueError(failure(backbone, (), batch, error)) from error
 
     def chain(self, last: _Call, cuts: Sequence[str] = ()) -> list[Link]:

@@ -14,7 +14,7 @@ from locallearn._walk.segment import version
 from locallearn._walk.undo import Reverted
 
 
-def undisturbed(*modules: nn.Module, evaluate: bool = True) -> Reverted[None]:
+def undisturbed(*modules: nn.Module) -> Reverted[None]:
     """Runs what is inside in eval mode, then puts back what every submodule has, and the random state.
 
     That is modes, buffers, weights and attributes. Frozen weights that outweigh the trained ones are not copied for that: a
@@ -22,10 +22,6 @@ def undisturbed(*modules: nn.Module, evaluate: bool = True) -> Reverted[None]:
 
     Attributes are what ``self.name = value`` sets in a forward: a cache, or the weight that spectral normalisation makes
     anew each time, whose graph no one could copy. They stay where the forward has built parameters or submodules.
-
-    Args:
-        modules: what is run.
-        evaluate: ``False`` to leave the modes as they are.
     """
     parts = list(dict.fromkeys(part for module in modules for part in module.modules()))
     weights = [
@@ -40,7 +36,7 @@ def undisturbed(*modules: nn.Module, evaluate: bool = True) -> Reverted[None]:
     on_gpus = {gpu: torch.cuda.get_rng_state(gpu) for gpu in gpus} if torch.cuda.is_available() else {}
 
     def quieten() -> None:
-        for module in modules if evaluate else ():
+        for module in modules:
             module.eval()
 
     def put_back() -> None:

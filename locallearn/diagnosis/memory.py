@@ -107,6 +107,9 @@ def memory_report(model: LocalWrapper, *views: Tensor, targets: Any = None) -> M
         views: as for ``local_step``.
         targets: as for ``local_step``.
 
+    Raises:
+        RuntimeError: if the copy does not run without numbers, where a number decides (a mixture of experts).
+
     Example:
         >>> net = nn.Sequential(*[nn.Conv2d(3 if k == 0 else 8, 8, 3, padding=1) for k in range(3)])
         >>> report = memory_report(LocalWrapper(net, [0, 1, 2]), *torch.rand(2, 4, 3, 16, 16))
@@ -114,7 +117,15 @@ def memory_report(model: LocalWrapper, *views: Tensor, targets: Any = None) -> M
         ['forward to stage 1', 'unit 0, forward to stage 2', 'unit 1']
     """
     with analysed(model) as fakes:
-        return _reported(model, views, targets, fakes)
+        try:
+            return _reported(model, views, targets, fakes)
+        except (
+            RuntimeError
+        ) as error:  # such as what torch raises where a number decides, which tensors without numbers have not
+            raise RuntimeError(
+                f"a copy of {type(model.backbone).__name__} does not run without numbers ({type(error).__name__}: {error}). If "
+                "model.local_step(*views) does, count that: locallearn.memory.measure(lambda: model.local_step(*views))"
+            ) from error
 
 
 def _reported(model: LocalWrapper, views: Sequence[Tensor], targets: Any, fakes: Fakes) -> MemoryReport:
@@ -153,7 +164,7 @@ def _unite(model: LocalWrapper) -> None:
 
 def _weighed(model: LocalWrapper, batch: Tensor) -> list[list[Piece]]:
     """The pieces of every stage, the last of them with what the units' decoders on it take."""
-    sample = Sample(model.backbone, batch, model.stages, evaluate=False)
+    sample = Sample(model.backbone, batch, model.stages, disturb=True)
     found = list(model._runs)
     between = places(model.backbone, sample.chain, len(sample.inputs), found)
     ends = [link for link in sample.chain if link in between or link.end in model.stages]

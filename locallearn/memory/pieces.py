@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
 from torch.utils._pytree import tree_leaves
 
 from locallearn._fitting.attach import Decoder, attach
@@ -64,7 +63,7 @@ class _Mark(NamedTuple):
 
 
 class Sample:
-    """One forward of two inputs, without a trace, whose graph is kept as long as this object.
+    """One forward of two inputs, in eval mode and without a trace, whose graph is kept as long as this object.
 
     Sizes and FLOPs are those of as many inputs as ``batch`` has.
 
@@ -72,7 +71,8 @@ class Sample:
         model: the backbone.
         batch: what it is to be weighed for.
         cuts: submodules after which links end in any case.
-        evaluate: whether it runs in eval mode, where what only training makes (masks of dropout) does not count.
+        disturb: ``True`` to run it in the modes that it has, and to leave what that changes, as in a copy. In eval mode what only
+            training makes (masks of dropout) does not count.
 
     Attributes:
         inputs: the two.
@@ -80,14 +80,14 @@ class Sample:
         misfits: why a decoder does not fit outlets of a shape.
     """
 
-    def __init__(self, model: nn.Module, batch: Tensor, cuts: Sequence[str] = (), *, evaluate: bool = True) -> None:
+    def __init__(self, model: nn.Module, batch: Tensor, cuts: Sequence[str] = (), *, disturb: bool = False) -> None:
         self.inputs = batch[:2] if len(batch) > 1 else torch.cat([batch, batch])
         self._live, self._counter = ScaledBytes(self.inputs, len(batch) / len(self.inputs)), Flops()
         self.misfits: dict[torch.Size, str] = {}
         start: list[_Mark] = []
         begin = attached({model: lambda *_: start.append(self._mark())}, {})
         with begin, begin, self._counter, self._live:
-            self.chain = links(model, self.inputs, self._mark, cuts, evaluate=evaluate)
+            self.chain = links(model, self.inputs, self._mark, cuts, disturb=disturb)
         self._shapes = tuple(weight.shape for weight in model.parameters())
         self._start = start[0]
         self._backwards: dict[object, tuple[int, int]] = {}  # of pieces that are alike
@@ -96,46 +96,53 @@ class Sample:
     def _mark(self) -> _Mark:
         return _Mark(len(self._live.history) - 1, self._counter.total)
 
+    def pieces(self, ends: Sequence[Link], runs: Collection[Run]) -> tuple[list[Piece], list[Piece]]:
+        """What lies between ``ends``, as it is and with ``runs`` recomputed; without decoders, whose fields are 0."""
+        plain, lean = list[Piece](), list[Piece]()
+        below: Link | None = None
+        for link in ends:
+            piece = self._piece(link, below, frozen=not any(known.weights for known in plain))
+            within = self.chain[0 if below is None else self.chain.index(below) + 1 : self.chain.index(link) + 1]
+            again = _recomputed(within, runs) and piece.kept > piece.outlet
+            plain.append(piece)
+            lean.append(self._recomputed(piece, link, below) if again else piece)
+            below = link
+        return plain, lean
+
+    def _piece(self, link: Link, below: Link | None, *, frozen: bool) -> Piece:
+        """``frozen``: whether nothing is trained below."""
+        history, weights = self._history(link, below), trained_below(link, below)
+        outlet, shape = self._size(link.outlet), self._shape(link.outlet)
+        flops = link.noted.flops - (self._start if below is None else below.noted).flops
+        spent, forward = int(flops * self._live.factor), max(history) - history[0]
+        held = self._live.history[link.noted.at] - history[-1]
+        trained = sum(weight.numel() for weight in weights)
+        if frozen and not weights:  # there is no graph
+            return Piece(link.end, shape, spent, outlet, outlet, held, forward, outlet, outlet, 0.0, 0, 0)
+        kept = history[-1] - history[0]
+        alike = (shape, spent, kept, forward, tuple(weight.shape for weight in weights), below and below.outlet)
+        if alike not in self._backwards:
+            self._backwards[alike] = self._backward(link, below, weights)
+        pull, push = (kept + more for more in self._backwards[alike])
+        return Piece(link.end, shape, spent, outlet, kept, held, forward, pull, push, 0.0, 0, trained)
+
+    def _recomputed(self, piece: Piece, link: Link, below: Link | None) -> Piece:
+        """Keeps its outlet; a backward makes its graph again, and the outlet if that is saved, and frees it on the way."""
+        largest = max(after - before for before, after in pairwise(self._history(link, below)))
+        backward = piece.push + (piece.outlet if hasattr(type(link.place.node), "_saved_result") else 0)
+        forward = min(piece.forward, piece.outlet + 2 * largest)  # without a graph
+        return piece._replace(kept=piece.outlet, pull=backward, push=backward, forward=forward)
+
+    def _history(self, link: Link, below: Link | None) -> list[int]:
+        begin = self._start if below is None else below.noted
+        return self._live.history[self._settled(begin) : self._settled(link.noted) + 1]
+
     def _settled(self, mark: _Mark) -> int:
         """When what the call that has ended kept alive is freed."""
         at, history = mark.at, self._live.history
         while at + 1 < len(history) and history[at + 1] < history[at]:
             at += 1
         return at
-
-    def pieces(self, ends: Sequence[Link], runs: Collection[Run]) -> tuple[list[Piece], list[Piece]]:
-        """What lies between ``ends``, as it is and with ``runs`` recomputed; without decoders, whose fields are 0."""
-        plain, lean = list[Piece](), list[Piece]()
-        below: Link | None = None
-        frozen = True
-        for link in ends:
-            begin = self._start if below is None else below.noted
-            history = self._live.history[self._settled(begin) : self._settled(link.noted) + 1]
-            weights = trained_below(link, below)
-            frozen = frozen and not weights
-            outlet, shape = self._size(link.outlet), self._shape(link.outlet)
-            forward, spent = max(history) - history[0], int((link.noted.flops - begin.flops) * self._live.factor)
-            kept = outlet if frozen else history[-1] - history[0]  # below what is trained there is no graph
-            held = self._live.history[link.noted.at] - history[-1]
-            pull = push = kept
-            if not frozen:
-                alike = (shape, spent, kept, forward, tuple(weight.shape for weight in weights), below and below.outlet)
-                if alike not in self._backwards:
-                    self._backwards[alike] = self._backward(link, None if below is None else below.place, weights)
-                pull, push = (kept + more for more in self._backwards[alike])
-            trained = sum(weight.numel() for weight in weights)
-            piece = Piece(link.end, shape, spent, outlet, kept, held, forward, pull, push, 0.0, 0, trained)
-            plain.append(piece)
-            within = self.chain[0 if below is None else self.chain.index(below) + 1 : self.chain.index(link) + 1]
-            if not frozen and _recomputed(within, runs):
-                # It keeps its outlet, and every backward makes its graph again, with another one where the graph saves the
-                # outlet, and frees it on the way. A forward without a graph takes a few of its largest tensors.
-                once = outlet + 2 * max(after - before for before, after in pairwise(history))
-                again = push + (outlet if hasattr(type(link.place.node), "_saved_result") else 0)
-                piece = piece._replace(kept=outlet, pull=again, push=again, forward=min(forward, once))
-            lean.append(piece)
-            below = link
-        return plain, lean
 
     def decoded(self, piece: Piece, link: Link, decoder: Decoder, axis: int | None) -> Piece:
         """``piece``, which ends at ``link``, with what ``decoder`` takes there."""
@@ -182,11 +189,12 @@ class Sample:
         peak = max(self._live.history[begin.at :]) - self._live.history[begin.at]
         return peak, int((end.flops - begin.flops) * self._live.factor)
 
-    def _backward(self, link: Link, below: GradientEdge | None, weights: Sequence[Tensor]) -> tuple[int, int]:
+    def _backward(self, link: Link, below: Link | None, weights: Sequence[Tensor]) -> tuple[int, int]:
         """What a backward to the inlet, and then the last one, take beside the graph."""
-        pull = 0 if below is None else self._peak(link, [below], retain=True)
+        inlet = [] if below is None else [below.place]
+        pull = self._peak(link, inlet, retain=True) if inlet else 0
         self._live.expect_gradients(weights)
-        return pull, self._peak(link, [below, *weights] if below is not None else weights, retain=False)
+        return pull, self._peak(link, [*inlet, *weights], retain=False)
 
     def _peak(self, link: Link, inputs: Sequence[Any], *, retain: bool) -> int:
         live, seed = self._live.history, self._size(link.outlet)

@@ -20,8 +20,8 @@ def stages_of(model: nn.Module, n: int = 4, example: Tensor | Sequence[Tensor] |
 
     1. Of all modules, the one is looked for whose children return the most resolutions. If that is ``n`` or more, a stage ends
        with the last child of each of the ``n`` lowest. A resolution at which nothing is trained does not count.
-    2. Else the longest run of neighbouring blocks of one class is cut into ``n`` parts, as even as can be.
-    3. Else, where no such run has ``n`` blocks, all of them are.
+    2. Else the longest run of neighbouring children of one class is cut into ``n`` parts, as even as can be.
+    3. Else, where no such run is as long as ``n``, the longest run of blocks of one class is, or else all blocks are.
 
     The first names a ResNet's ``layer1`` to ``layer4``, the second every third block of a ViT. See
     :func:`locallearn.plan_stages` for cuts that are chosen by what they cost.
@@ -49,25 +49,37 @@ def stages_of(model: nn.Module, n: int = 4, example: Tensor | Sequence[Tensor] |
         raise ValueError(
             f"{n} stages need as many blocks, but the model can only be cut after {[b.end for b in blocks]}"
         )
-    named = max(_by_resolution(model, chain, blocks), key=len, default=[])[-n:]
+    families = _families(blocks)
+    named = max(_by_resolution(model, chain, families, blocks[-1]), key=len, default=[])[-n:]
     if len(named) < n:
-        alike = [list(group) for _, group in groupby(blocks, lambda link: type(model.get_submodule(link.block)))]
-        run = max(alike, key=len)
-        named = _even([link.block for link in (run if len(run) >= n else blocks)], n)
+        flat = [link.block for link in blocks]
+        children = max((_alike(model, [name for _, name in family]) for family in families), key=len)
+        named = _even(next(run for run in (children, _alike(model, flat), flat) if len(run) >= n), n)
     return tuple(named)
 
 
-def _by_resolution(model: nn.Module, chain: Sequence[Link], blocks: Sequence[Link]) -> Iterator[list[str]]:
-    """For every module with children that end a block, outer ones first: the last child of each resolution."""
+def _alike(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """The longest run of neighbours of one class."""
+    return max((list(run) for _, run in groupby(names, lambda name: type(model.get_submodule(name)))), key=len)
+
+
+def _families(blocks: Sequence[Link]) -> list[list[tuple[Link, str]]]:
+    """For every module with children that end a block, outer ones first: these children."""
     families: dict[str, list[tuple[Link, str]]] = {}
     for link in blocks:
         for name in _names(link):
             families.setdefault(name.rpartition(".")[0], []).append((link, name))
-    for parent in sorted(families, key=lambda name: name.count(".") + (name != "")):
-        family, found, before = families[parent], list[str](), 0
-        if positions(blocks[-1]) != positions(family[-1][0]):
-            # a pooling that belongs to the last block is a child elsewhere
-            family.append((blocks[-1], blocks[-1].block))
+    return [families[parent] for parent in sorted(families, key=lambda name: name.count(".") + (name != ""))]
+
+
+def _by_resolution(
+    model: nn.Module, chain: Sequence[Link], families: Sequence[list[tuple[Link, str]]], top: Link
+) -> Iterator[list[str]]:
+    """For every family: the last child of each resolution, if something is trained there."""
+    for children in families:
+        family, found, before = list(children), list[str](), 0
+        if positions(top) != positions(family[-1][0]):  # a pooling that belongs to the last block is a child elsewhere
+            family.append((top, top.block))
         for _, group in groupby(family, lambda child: positions(child[0])):
             *_, (last, name) = group
             until = chain.index(last) + 1

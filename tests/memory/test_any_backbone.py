@@ -194,6 +194,11 @@ def test_cuts_are_found_and_exact(build: Callable[[], nn.Module], shape: tuple[i
     model = LocalWrapper(net, "auto", plan=Plan.windows(len(stages), 1), example=pair[0])
     assert model.stages == tuple(stages)
     assert_local_gradients(model.eval(), *pair)  # without dropout
+    if build is Routed:
+        with pytest.raises(
+            RuntimeError, match=r"copy of Routed does not run without numbers .*count that: locallearn.memory"
+        ):
+            memory_report(model, *pair)
 
 
 def test_what_is_cut_may_be_small_parts_of_a_features_only_network() -> None:

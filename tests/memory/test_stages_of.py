@@ -49,12 +49,29 @@ def test_other_numbers(n: int, stages: list[str] | None) -> None:
 
 def test_parts_differ_by_one_block_at_most() -> None:
     net = nn.Sequential(*(nn.Sequential(conv(3 if k == 0 else 4, 4), nn.ReLU()) for k in range(7)))
-    assert stages_of(net, 3, torch.rand(2, 3, 8, 8)) == ("1.1", "3.1", "6.1")
+    assert stages_of(net, 3, torch.rand(2, 3, 8, 8)) == ("1", "3", "6")
 
 
 def test_a_resolution_without_weights_does_not_count() -> None:
     net = nn.Sequential(conv(3, 4), conv(4, 4, 2), nn.AvgPool2d(2))
     assert stages_of(net, 2, torch.rand(2, 3, 8, 8)) == ("0", "2")
+
+
+class Sublayers(nn.Module):
+    """Can be cut inside: normalised after every part, as in BERT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.norm, self.top, self.end = (nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4), nn.LayerNorm(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(x + self.mix(x))
+        return self.end(x + self.top(x))  # type: ignore[no-any-return]
+
+
+def test_children_of_one_class_are_taken_whole_though_they_can_be_cut_inside() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), *(Sublayers() for _ in range(4)))
+    assert stages_of(net, 2, torch.rand(2, 5, 4)) == ("2", "4")
 
 
 def test_too_few_blocks_are_told() -> None:
