@@ -18,16 +18,16 @@ from locallearn._walk.undo import Reverted, attached
 class Channels:
     """What the modules of ``backbone`` say of tensors, during a forward inside of :meth:`heard`.
 
-    Convolutions, batch, group and instance norms have the channels in axis 1; linear layers, layer norms and embeddings in
-    the last one. Tensors are told apart by numbers, and none of them is kept.
+    Convolutions, batch, group and instance norms have the channels in axis 1, layer norms and embeddings in the last one. So do
+    linear layers, which are asked last, since they also mix along positions. Tensors are told apart by numbers, and none of
+    them is kept.
     """
 
     def __init__(self, backbone: nn.Module) -> None:
         self._says = {module: axis for module in backbone.modules() if (axis := _said(module)) is not None}
         self._numbers: Any = WeakIdKeyDictionary()
         self._given = 0
-        self._by_tensor: dict[int, int] = {}
-        self._by_shape: dict[torch.Size, set[int]] = {}
+        self._sure, self._linear = _Sayings(), _Sayings()
 
     def heard(self) -> Reverted[None]:
         """Hooks on the modules that say something."""
@@ -50,12 +50,12 @@ class Channels:
         """
         if len(shape) < 3:
             return 1
-        said = [self._by_tensor[number] for number in numbers if number in self._by_tensor]
-        same = self._by_shape.get(shape, set())
-        return said[-1] if said else next(iter(same)) if len(same) == 1 else None
+        sure, linear, mixed = self._sure, self._linear, shape[1] == shape[-1]  # such a shape may be either
+        told = sure.of(numbers) or (None if mixed else sure.like(shape)) or linear.of(numbers)
+        return told or sure.like(shape) or linear.like(shape)
 
     def _reads(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if args and isinstance(args[0], Tensor) and args[0].is_floating_point():
+        if args and isinstance(args[0], Tensor) and not isinstance(module, nn.Embedding):
             self._note(module, args[0])
 
     def _makes(self, module: nn.Module, args: Any, output: object) -> None:
@@ -65,9 +65,23 @@ class Channels:
     def _note(self, module: nn.Module, tensor: Tensor) -> None:
         if isinstance(module, _ConvNd) and tensor.ndim != len(module.kernel_size) + 2:
             return  # one input without a batch
-        axis = self._says[module]
-        self._by_tensor[self.number(tensor)] = axis
-        self._by_shape.setdefault(tensor.shape, set()).add(axis)
+        said, axis = self._linear if isinstance(module, nn.Linear) else self._sure, self._says[module]
+        said.by_tensor[self.number(tensor)] = axis
+        said.by_shape.setdefault(tensor.shape, set()).add(axis)
+
+
+class _Sayings:
+    def __init__(self) -> None:
+        self.by_tensor: dict[int, int] = {}
+        self.by_shape: dict[torch.Size, set[int]] = {}
+
+    def of(self, numbers: Sequence[int]) -> int | None:
+        said = [self.by_tensor[number] for number in numbers if number in self.by_tensor]
+        return said[-1] if said else None
+
+    def like(self, shape: torch.Size) -> int | None:
+        said = self.by_shape.get(shape, set())
+        return next(iter(said)) if len(said) == 1 else None
 
 
 def _said(module: nn.Module) -> int | None:

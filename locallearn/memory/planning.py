@@ -105,6 +105,7 @@ def plan_stages(
         ValueError: if the model does not run on ``example``, if it has not enough places, or if nothing fits into the budget.
 
     Example:
+        >>> import torch
         >>> net = nn.Sequential(*[nn.Conv2d(3 if k == 0 else 8, 8, 3, padding=1) for k in range(6)])
         >>> plan_stages(net, torch.zeros(8, 3, 16, 16), n=3).stages
         ('2', '3', '5')

@@ -65,6 +65,12 @@ def test_who_reads_an_outlet_knows(side: int) -> None:
     assert [isinstance(made, ConvMLPDecoder) for made in model.decoders] == [True, False, False]
 
 
+def test_linear_layers_may_mix_along_positions() -> None:
+    net = nn.Sequential(conv(3, 6), nn.Tanh(), nn.Linear(8, 5))
+    model = LocalWrapper(net, [1, 2], 0, example=torch.rand(2, 3, 8, 8))
+    assert model.decoders[0].channels == 6
+
+
 def test_soft_sharing_reads_what_the_next_stage_makes() -> None:
     waves = nn.Sequential(*(nn.Conv1d(3 if k == 0 else 6, 6, 3) for k in range(3)))
     model = LocalWrapper(waves, [0, 1, 2], sharing=Soft(), example=torch.rand(2, 3, 20))
