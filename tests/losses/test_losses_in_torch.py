@@ -54,16 +54,16 @@ opchecked = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor t
 
 
 @opchecked
-@pytest.mark.parametrize("top1", [True, False])
+@pytest.mark.parametrize(("top1", "products"), [(True, None), (False, None), (False, torch.bfloat16)])
 @pytest.mark.parametrize("bounded", [True, False])
 @pytest.mark.parametrize("labels", [[], [LABELS, LABELS]], ids=["", "labels"])
-def test_opcheck_of_negatives(bounded: bool, labels: list[Tensor], top1: bool) -> None:
-    torch.library.opcheck(_negatives, (pairs(6, 4), labels, [0, 0, 0, 1, 1, 0, 1, 1], 2, bounded, 4, top1))
+def test_opcheck_of_negatives(bounded: bool, labels: list[Tensor], top1: bool, products: torch.dtype | None) -> None:
+    torch.library.opcheck(_negatives, (pairs(6, 4), labels, [0, 0, 0, 1, 1, 0, 1, 1], 2, bounded, 4, top1, products))
 
 
 @opchecked
 def test_opcheck_of_positives() -> None:
-    torch.library.opcheck(_positives, (pairs(6, 4), [LABELS, LABELS], [0, 0, 0, 1, 1, 0, 1, 1], 4))
+    torch.library.opcheck(_positives, (pairs(6, 4), [LABELS, LABELS], [0, 0, 0, 1, 1, 0, 1, 1], 4, None))
 
 
 @pytest.mark.parametrize("options", [*({"form": form} for form in FORMS), {"labels": LABELS}], ids=str)

@@ -1,0 +1,73 @@
+"""Embeddings to rows whose dot products are logits in bits, whatever their length, and what transforms ask of that."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from locallearn.losses._precision import LN2
+
+
+def transformed(*tensors: Tensor) -> bool:
+    """Whether `torch.func` is at work, or forward-mode differentiation: neither sees into an operator of our own."""
+    if torch._C._are_functorch_transforms_active():
+        return True
+    return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)  # type: ignore[no-untyped-call]
+
+
+def unit(x: Tensor, temperature: float | Tensor, plainly: bool = False) -> Tensor:
+    """Scale rows so that their dot products are cosine / temperature in bits: (..., D) -> (..., D).
+
+    A row of zeros stays one, and its gradient is zero. `plainly` uses torch's own operators alone, which can be
+    differentiated twice and forwards; else nothing is kept for the backward beside the result.
+    """
+    if isinstance(temperature, Tensor):
+        temperature = temperature.reshape(()).to(x.dtype)
+        factor: Tensor = (temperature * LN2) ** -0.5
+        return unit(x, 1 / LN2, plainly) * factor
+    length = (temperature * LN2) ** -0.5
+    if not plainly:
+        rows: Tensor = _Unit.apply(x, length)
+        return rows
+    x = x * _power(x)
+    return x * (_reciprocal(torch.linalg.vector_norm(x, dim=-1, keepdim=True)) * length)
+
+
+def _power(x: Tensor) -> Tensor:
+    """Return powers of two that bring each row's largest number to where squares neither overflow nor vanish."""
+    step = math.frexp(torch.finfo(x.dtype).max)[1] // 128 * 50  # 2^50 in single precision, 2^400 in double
+    largest = torch.linalg.vector_norm(x.detach(), math.inf, dim=-1, keepdim=True)
+    return (
+        torch.ones_like(largest)
+        .masked_fill(largest > 2.0**step, 4.0**-step)
+        .masked_fill(largest < 2.0**-step, 4.0**step)
+    )
+
+
+def _reciprocal(norm: Tensor) -> Tensor:
+    scale: Tensor = norm.masked_fill(norm == 0, math.inf).reciprocal()
+    return scale
+
+
+class _Unit(torch.autograd.Function):
+    """x / |x| · length: (..., D) -> (..., D)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, length: float) -> Tensor:
+        power = _power(x)
+        rows = x * power
+        scale = _reciprocal(torch.linalg.vector_norm(rows, dim=-1, keepdim=True)) * length
+        rows *= scale
+        ctx.save_for_backward(rows, (scale * power).clamp_(max=torch.finfo(x.dtype).max))
+        ctx.length = length
+        return rows
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        rows, scale = ctx.saved_tensors
+        along = (grad * rows).sum(-1, keepdim=True) * ctx.length**-2
+        return torch.addcmul(grad, rows, along, value=-1) * scale, None
