@@ -42,17 +42,17 @@ class Kept(torch.autograd.Function):
             right = torch.zeros(shape, dtype=torch.bool, device=z.device)
         powers.exp2_()
         totals = torch.cat([powers.sum(dim) for dim in dims]).view(shape)
-        behind = (totals.log2() - positive) * LN2  # how far in nats: (A, N)
-        ctx.save_for_backward(z, powers, totals, behind)
+        ahead = (positive - totals.log2()) * LN2  # in nats: (A, N)
+        ctx.save_for_backward(z, powers, totals, ahead)
         ctx.form, ctx.products = form, products
         ctx.mark_non_differentiable(right)
-        return -F.logsigmoid(-behind), right
+        return -F.logsigmoid(ahead), right
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        z, powers, totals, behind = ctx.saved_tensors
+        z, powers, totals, ahead = ctx.saved_tensors
         with torch.no_grad(), full_precision(z.device):
-            moved = _backward(z, powers, totals, grad * behind.sigmoid() * LN2, ctx.form, ctx.products)
+            moved = _backward(z, powers, totals, grad * torch.sigmoid(-ahead) * LN2, ctx.form, ctx.products)
         if torch.is_grad_enabled():
             moved = Once.apply(z, moved)
         return moved, None, None, None

@@ -14,8 +14,10 @@ _half_to_single = hasattr(torch.ops.aten.mm, "dtype")  # torch 2.8; on CUDA only
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
-    """Switch autocast off; the meta device has none."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+    """Switch autocast off, where it is on; the meta device has none."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def narrow(rows: Tensor, products: torch.dtype | None) -> Tensor:
@@ -27,13 +29,15 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     """Multiply a by the transpose of b: (n, k), (m, k) -> (n, m), from half precision to single. Not differentiable.
 
     Single precision on a CPU goes to oneDNN: MKL, torch's default, takes a slow path on AMD processors (100 against
-    220 GFLOP/s on one core of an EPYC with AVX-512). Half precision is exact there, and no faster.
+    220 GFLOP/s on one core of an EPYC with AVX-512). It begins later, so small products stay with torch. Half precision
+    is exact there, and no faster.
     """
     if a.dtype in (torch.bfloat16, torch.float16):
         if _half_to_single and a.is_cuda:
             return torch.mm(a, b.t(), out_dtype=torch.float32)
         return product(a.float(), b.float())
-    if _onednn_linear is not None and a.device.type == "cpu" and a.dtype == torch.float32:
+    large = a.shape[0] * a.shape[1] * b.shape[0] > 2**21
+    if large and _onednn_linear is not None and a.device.type == "cpu" and a.dtype == torch.float32:
         product_: Tensor = _onednn_linear(a, b, None, "none", [], "")
         return product_
     return a @ b.t()

@@ -33,24 +33,14 @@ def unit(x: Tensor, temperature: float | Tensor, plainly: bool = False) -> Tenso
     if not plainly:
         rows: Tensor = _Unit.apply(x, length)
         return rows
-    x = x * _power(x)
-    return x * (_reciprocal(torch.linalg.vector_norm(x, dim=-1, keepdim=True)) * length)
+    x = x / _largest(x)
+    return x * (length / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=0.5))
 
 
-def _power(x: Tensor) -> Tensor:
-    """Return powers of two that bring each row's largest number to where squares neither overflow nor vanish."""
-    step = math.frexp(torch.finfo(x.dtype).max)[1] // 128 * 50  # 2^50 in single precision, 2^400 in double
-    largest = torch.linalg.vector_norm(x.detach(), math.inf, dim=-1, keepdim=True)
-    return (
-        torch.ones_like(largest)
-        .masked_fill(largest > 2.0**step, 4.0**-step)
-        .masked_fill(largest < 2.0**-step, 4.0**step)
-    )
-
-
-def _reciprocal(norm: Tensor) -> Tensor:
-    scale: Tensor = norm.masked_fill(norm == 0, math.inf).reciprocal()
-    return scale
+def _largest(x: Tensor) -> Tensor:
+    """Return what to divide by, so that squares neither overflow nor vanish: a norm is at least one then, or zero."""
+    largest: Tensor = torch.linalg.vector_norm(x.detach(), math.inf, dim=-1, keepdim=True)
+    return largest.masked_fill(largest == 0, math.inf)
 
 
 class _Unit(torch.autograd.Function):
@@ -58,16 +48,16 @@ class _Unit(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, length: float) -> Tensor:
-        power = _power(x)
-        rows = x * power
-        scale = _reciprocal(torch.linalg.vector_norm(rows, dim=-1, keepdim=True)) * length
+        largest = _largest(x)
+        rows = x / largest
+        scale = length / torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp_(min=0.5)
         rows *= scale
-        ctx.save_for_backward(rows, (scale * power).clamp_(max=torch.finfo(x.dtype).max))
+        ctx.save_for_backward(rows, (scale / largest).clamp_(max=torch.finfo(x.dtype).max))
         ctx.length = length
         return rows
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         rows, scale = ctx.saved_tensors
-        along = (grad * rows).sum(-1, keepdim=True) * ctx.length**-2
-        return torch.addcmul(grad, rows, along, value=-1) * scale, None
+        along = (grad * rows).sum(-1, keepdim=True)
+        return torch.addcmul(grad, rows, along, value=-(ctx.length**-2)).mul_(scale), None

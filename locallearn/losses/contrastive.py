@@ -197,7 +197,7 @@ def info_nce(
         else:
             losses, right = in_batch(inputs, counts, labels, how)
             if form == "one-way":
-                losses, right = losses[0], right[0]
+                losses, right = losses.squeeze(0), right.squeeze(0)
         # what each rank returns averages to the loss of them all; so does DistributedDataParallel
         if reduction == "sum":
             losses = losses.sum() * len(counts)
