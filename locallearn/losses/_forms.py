@@ -99,7 +99,8 @@ def in_batch(
 
 def against_given(views: Sequence[Tensor], others: Tensor, how: Settings) -> tuple[Tensor, Tensor]:
     """Compare queries and keys, twice (N, D), with negatives (M, D) or (N, M, D) -> losses (N,), and top-1 (N,)."""
-    query, key, others = (unit(x, how.temperature, plainly=how.tile == 0) for x in (*views, others))
+    plainly = how.tile == 0 or others.dim() == 3  # nothing in tiles
+    query, key, others = (unit(x, how.temperature, plainly) for x in (*views, others))
     positive = (query * key).sum(1)
     tile = _default_tile(query) if how.tile is None else how.tile
     if others.dim() == 2 and tile:

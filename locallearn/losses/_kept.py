@@ -32,6 +32,8 @@ class Kept(torch.autograd.Function):
         rows = narrow(z, products)
         powers = product(rows, rows) if form == "nt-xent" else product(rows[:n], rows[n:])
         positive = powers.diagonal(n if form == "nt-xent" else 0).clone()  # (N,), the same in both directions
+        if products is not None:
+            positive = (z[:n] * z[n:]).sum(1)  # as exact as where there are tiles
         for diagonal in _left_out(powers, n, form):
             diagonal.fill_(-torch.inf)
         dims = {"nt-xent": [1], "two-way": [1, 0], "one-way": [1]}[form]
