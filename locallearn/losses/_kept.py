@@ -72,7 +72,9 @@ def _backward(
         return pull(weights, rows)
     weights = powers * (scale[0][:, None] if form == "one-way" else scale[0][:, None] + scale[1])
     weights.diagonal().copy_(positive)
-    return torch.cat([pull(weights, rows[n:]), pull_back(weights, rows[:n])])
+    moved = [pull(weights, rows[n:]), pull_back(weights, rows[:n])]
+    del weights  # before the next tensor is there
+    return torch.cat(moved)
 
 
 def _left_out(powers: Tensor, n: int, form: str) -> list[Tensor]:

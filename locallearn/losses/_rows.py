@@ -30,13 +30,14 @@ def unit(x: Tensor, temperature: float | Tensor, plainly: bool = False) -> Tenso
         temperature = temperature.reshape(()).to(x.dtype)
         factor: Tensor = (temperature * LN2) ** -0.5
         return unit(x, 1 / LN2, plainly) * factor
-    length = (temperature * LN2) ** -0.5
+    length: float = (temperature * LN2) ** -0.5
     if not plainly:
         rows: Tensor = _Unit.apply(x, length)
         return rows
     x = x / _largest(x)
-    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=0.5)
-    return x * (length / norm)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=0.5)
+    plain: Tensor = x * (length / norm)
+    return plain
 
 
 def _largest(x: Tensor) -> Tensor:
