@@ -12,7 +12,7 @@ from torch import Tensor
 from locallearn.distributed import row_counts
 from locallearn.losses import _checks
 from locallearn.losses._forms import Settings, against_given, in_batch
-from locallearn.losses._precision import full_precision
+from locallearn.losses._precision import LN2, full_precision
 from locallearn.losses._rows import transformed
 
 Form = Literal["nt-xent", "two-way", "one-way"]
@@ -186,8 +186,9 @@ def info_nce(
     narrowest = reduce(torch.promote_types, (x.dtype for x in given))
     dtype = torch.promote_types(narrowest, torch.float32)
     products = narrowest if precision == "input" and narrowest != dtype else None
-    alike = reduction != "none"
-    how = Settings(form, temperature, same_label == "attract", alike, tile, return_top1, products, group)
+    bounded = not isinstance(temperature, Tensor) and temperature * LN2 * 59 >= 1  # within 60 bits when rounded
+    attract, alike = same_label == "attract", reduction != "none"
+    how = Settings(form, temperature, bounded, attract, alike, tile, return_top1, products, group)
     with full_precision(views[0].device):
         inputs = [view.to(dtype) for view in views]
         counts = row_counts(inputs[0], group) if everywhere else [inputs[0].shape[0]]
