@@ -37,9 +37,10 @@ class LocalWrapper(nn.Module):
     """Trains ``model`` locally: units of neighbouring stages, each by its own loss through a small decoder.
 
     A :term:`stage` ends *after* each submodule named in ``stages``. What comes before the first cut belongs to stage 0; what
-    comes after the last one (pooling, a classifier) runs, but is not trained. Over a cut passes one tensor and nothing else:
-    a skip connection, a reused module or a shared parameter across it is refused. A :term:`unit` is a run of stages with one
-    loss, whose :term:`decoder` reads the :term:`outlet` of the last of them.
+    comes after the last one (pooling, a classifier) runs, but is not trained. Over a cut passes what the submodule returns, a
+    tensor or several in a tuple, list, dict or dataclass, and nothing else: a skip connection, a reused module or a shared
+    parameter across it is refused. A :term:`unit` is a run of stages with one loss, whose :term:`decoder` reads the
+    :term:`outlet` of the last of them.
 
     ``overlap=0`` is Greedy InfoMax, ``overlap=1`` LoCo, ``overlap=len(stages) - 1`` end-to-end training (SimCLR).
 
@@ -61,10 +62,13 @@ class LocalWrapper(nn.Module):
             ``module -> bool``; or a tuple of those, one inside of another too. Gradients, torch's random numbers and
             BatchNorm's statistics stay as they are without it; a part that depends on other state is refused in the first step,
             which compares what it computes the second time.
-        example: a batch that the backbone takes, to find the outlets' widths with; two 224-pixel RGB images by default.
+        example: a batch that the backbone takes, to find the outlets' widths with: a view, or a list of views; two 224-pixel
+            RGB images by default.
         channel_axis: the axis of the outlets that holds the channels: 1 or -1. By default their shape tells, see
             :func:`locallearn._fitting.outlets.channel_axis`. Four-dimensional outlets with channels last reach the decoder with
             channels first.
+        features: which tensor decoders read where stages return several: an index, a key or attribute, or a callable of
+            what a stage returns, which may put several together; by default the first of real numbers.
 
     Attributes:
         backbone: ``model`` itself.
@@ -75,7 +79,7 @@ class LocalWrapper(nn.Module):
         penalty: the sharing's penalty in the last pass (``Soft``), detached, or ``None``.
 
     Raises:
-        TypeError: for arguments of the wrong kind, or an outlet that is not one tensor.
+        TypeError: for arguments of the wrong kind, or an outlet without a tensor for the decoder.
         ValueError: for stages that do not exist, run or follow each other, and for a plan, decoders or losses that do not
             fit them.
 
@@ -160,8 +164,9 @@ class LocalWrapper(nn.Module):
 
         Args:
             views: one or more batches of the same shape; the backbone sees them as one batch, the loss one by one.
-                No gradient goes to them.
-            targets: handed to the loss as its last argument, if not ``None``.
+                No gradient goes to them. A view is a tensor; or a tuple or a mapping of tensors and constants, which the
+                backbone gets as ``backbone(*view)`` or ``backbone(**view)``.
+            targets: handed to the loss as its last argument, if not ``None``; of any kind and shape.
             grad_scale: for fp16, ``scaler.scale(torch.ones(()))``, on the scaler's device: the gradients come out multiplied
                 by it, for the scaler's ``unscale_`` or ``step``. (``get_scale()`` says the same, but a GradScaler refuses
                 to step before it has scaled something.)

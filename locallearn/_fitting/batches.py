@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_unflatten
 
+from locallearn._walk.sameness import has_values
 from locallearn._walk.segment import version
 from locallearn._walk.trees import mapped, tensors
 
@@ -17,8 +18,8 @@ View: TypeAlias = Tensor | tuple[Any, ...] | Mapping[str, Any]
 _KINDS = "a view is a tensor, a tuple (several arguments of the backbone) or a mapping (arguments by name)"
 
 
-def check_views(views: Sequence[Any]) -> None:
-    """Checks that there are views, and that each is one.
+def plain_views(views: Sequence[Any]) -> list[Any]:
+    """``views``, with mappings of any kind as dicts, which is what a call makes of them.
 
     Raises:
         TypeError: if one is neither a tensor nor a tuple or mapping with tensors in it.
@@ -28,8 +29,10 @@ def check_views(views: Sequence[Any]) -> None:
         raise ValueError("a local pass needs at least one view; got none")
     if wrong := [type(view).__name__ for view in views if not isinstance(view, Tensor | tuple | Mapping)]:
         raise TypeError(f"{_KINDS}, and each is an argument of its own: model.local_step(view1, view2); got {wrong}")
-    if not all(tensors(_plain(view)) for view in views):
+    plain = [dict(view) if isinstance(view, Mapping) else view for view in views]
+    if not all(map(tensors, plain)):
         raise TypeError(f"{_KINDS}; got one without any tensor in it")
+    return plain
 
 
 def concatenated(views: Sequence[View], *, copy: bool = False) -> Any:
@@ -46,16 +49,19 @@ def concatenated(views: Sequence[View], *, copy: bool = False) -> Any:
         TypeError: if one is not a view.
         ValueError: if there are none, or if they differ in more than the values of their tensors.
     """
-    check_views(views)
+    views = plain_views(views)
+    first = views[0]
+    if isinstance(first, dict):  # the order of names does not matter
+        views = [{name: view[name] for name in first} if _names(view) == first.keys() else view for view in views]
     if len(only := [view for view in views if isinstance(view, Tensor)]) == len(views):
         return _joined(only, copy, "")
-    flat = [tree_flatten_with_path(_plain(view)) for view in views]
+    flat = [tree_flatten_with_path(view) for view in views]
     specs = [spec for _, spec in flat]
     if any(spec != specs[0] for spec in specs):
         forms = "; ".join(str([keystr(path) for path, _ in leaves]) for leaves, _ in flat)
         raise ValueError(f"the views pass the backbone as one batch, so they need the same form; got {forms}")
     if len(views) == 1:
-        return mapped(lambda tensor: _joined([tensor], copy, ""), _plain(views[0]))
+        return mapped(lambda tensor: _joined([tensor], copy, ""), views[0])
     rows = _first_axes([leaf for _, leaf in flat[0][0]])
     if len(rows) > 1:
         found = {keystr(path): tuple(leaf.shape) for path, leaf in flat[0][0] if isinstance(leaf, Tensor)}
@@ -71,9 +77,8 @@ def concatenated(views: Sequence[View], *, copy: bool = False) -> Any:
     return tree_unflatten(joined, specs[0])
 
 
-def _plain(view: View) -> Any:
-    """Mappings of any kind as a dict, which is what a call makes of them."""
-    return dict(view) if isinstance(view, Mapping) else view
+def _names(view: Any) -> Any:
+    return view.keys() if isinstance(view, dict) else None
 
 
 def _first_axes(leaves: Sequence[Any]) -> set[int]:
@@ -96,7 +101,8 @@ def _leaf(leaves: Sequence[Any], where: str, rows: set[int], copy: bool) -> Any:
 
 def _agree(one: Any, other: Any) -> bool:
     if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return one is other or (one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other))
+        same = one.shape == other.shape and one.dtype == other.dtype
+        return one is other or (same and not (has_values(one) and not torch.equal(one, other)))
     try:
         return one is other or (type(one) is type(other) and bool(one == other))
     except (RuntimeError, ValueError):  # arrays, which are not compared as a whole
@@ -137,7 +143,7 @@ def spared(batch: Any, views: Sequence[View]) -> Iterator[None]:
     before = [(tensor, version(tensor)) for tensor in tensors(batch)]
     yield
     changed = [tensor for tensor, known in before if version(tensor) != known]
-    if changed and not {*map(_memory, changed)}.isdisjoint(map(_memory, tensors(_plain(views[0])))):
+    if changed and not {*map(_memory, changed)}.isdisjoint(map(_memory, tensors(plain_views(views)[0]))):
         raise ViewsChangedError(
             "the backbone (or a loss) has changed the views of this step in place, which it did not when it was wrapped, in eval "
             "mode. Take what is not in place, such as Dropout(inplace=False). Or go on: from the next step on it gets a copy"

@@ -165,13 +165,26 @@ def check_order(cuts: Sequence[str], ran: Sequence[int], backbone: nn.Module) ->
     if never:
         raise ValueError(f"stages end after submodules that never ran in a forward: {never}{_why(backbone, never)}")
     if twice:
+        around = next(
+            (outer for outer in map(_around, [backbone] * len(twice), twice) if outer), "the module around it"
+        )
         raise ValueError(
-            f"stages end after submodules that ran more than once in a forward: {twice}. End them after submodules that run once"
+            f"stages end after submodules that ran more than once in a forward: {twice}. End them after submodules that run "
+            "once. Each run uses the same weights, so that all of them belong into one stage, which may end after "
+            f"{around}; or give each run a module of its own"
         )
     if list(ran) != sorted(ran):
         raise ValueError(
             f"stages are listed in the order in which they run: stages={[cuts[stage] for stage in ran]}; got {list(cuts)}"
         )
+
+
+def _around(backbone: nn.Module, name: str) -> str:
+    """The submodule around ``name`` that is called itself."""
+    while name := name.rpartition(".")[0]:
+        if not isinstance(backbone.get_submodule(name), nn.ModuleList | nn.ModuleDict):
+            return repr(name)
+    return ""
 
 
 def _why(backbone: nn.Module, never: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 _SKIP = (
     "A skip connection crosses a cut beside the outlet. Move the cuts (stages=) so that both its ends lie in one stage, or end "
     "the last stage before the first one that takes it: of a U-Net, its encoder alone works. Or let every stage in between "
-    "return it too, in a tuple"
+    "return it too, in a tuple; or freeze what makes it"
 )
 _SHARED = (
     "A weight belongs to one stage, or one unit's loss would reach into another through it. Move the cuts (stages=) so that "
@@ -136,7 +136,10 @@ def _down(roots: Sequence[Any], made: int) -> Iterator[Any]:
         for node in above:
             yield node
             if node._sequence_nr() > made:
-                new = [below for below, _ in node.next_functions if below is not None and below not in seen]
+                below = [
+                    function for function, _ in reversed(node.next_functions)
+                ]  # weights, which come after inputs, first
+                new = [function for function in below if function is not None and function not in seen]
                 seen.update(new)
                 level += new
 

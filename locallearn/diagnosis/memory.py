@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
-from locallearn._fitting.batches import View, concatenated
+from locallearn._fitting.batches import View, concatenated, plain_views
 from locallearn._fitting.chain import Link
 from locallearn._walk.trees import mapped, tensors
 from locallearn.memory.count import Flops, LiveBytes
@@ -122,7 +122,7 @@ def memory_report(model: LocalWrapper, *views: View, targets: Any = None) -> Mem
 def _reported(model: LocalWrapper, views: Sequence[View], targets: Any, mode: FakeTensorMode) -> MemoryReport:
     with FakeCopyMode(mode):
         copied, again, whole = (deepcopy(model) for _ in range(3))
-        pair, aims = deepcopy([mapped(torch.detach, view) for view in views]), deepcopy(targets)
+        pair, aims = deepcopy([mapped(torch.detach, view) for view in plain_views(views)]), deepcopy(targets)
     _unite(whole)
     with mode:
         actions = model._execution.actions

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from locallearn._fitting.attach import FromOutlet
-from locallearn._fitting.batches import View, check_views, concatenated
+from locallearn._fitting.batches import View, concatenated, plain_views
 from locallearn._walk.trees import called, mapped, tensors
 from locallearn.schedules import Forward
 from locallearn.testing.copies import copied, double, doubled, gradients, replayed, under_autocast
@@ -90,7 +90,7 @@ def prepared(model: LocalWrapper, views: tuple[View, ...], targets: Any) -> Prep
     if not isinstance(model, LocalWrapper):
         inner = " Take what it wraps, `.module`." if isinstance(getattr(model, "module", None), LocalWrapper) else ""
         raise TypeError(f"a LocalWrapper is compared with plain autograd; got {type(model).__name__}.{inner}")
-    check_views(views)
+    views = tuple(plain_views(views))
     plain, why = copied(model), ""
     if not under_autocast(tensors(views[0])[0]):
         try:
