@@ -29,7 +29,7 @@ class Accumulate:
     def push(self, root: Tensor, weights: Sequence[Tensor], inlets: Sequence[Tensor]) -> Flow:
         if inputs := [*weights, *inlets]:
             torch.autograd.backward(root, inputs=inputs)
-        gradients = flow(inlet.grad for inlet in inlets)
+        gradients = flow([inlet.grad for inlet in inlets])
         for inlet in inlets:
             inlet.grad = None
         return gradients

@@ -101,7 +101,8 @@ class LocalPass:
         if not self._in_order:
             return output  # the forward runs to its end, so that check_order can tell the whole story
         outlet = checked(stage, self._cuts[stage], output)
-        self._check_overlapping(stage)
+        if self._overlapping:
+            self._check_overlapping(stage)
         if self._accumulator is not None and in_checkpoint(LocalPass.run.__code__):
             raise RuntimeError(
                 f"stage {stage} ends after {self._cuts[stage]!r}, inside of a function that the backbone checkpoints itself: it "
@@ -170,8 +171,7 @@ class LocalPass:
         """Trains the decoder, and the loss if it has weights; returns the gradients at the outlet below."""
         if self._accumulator is None or not loss.requires_grad:
             return []
-        begins = set(inlets)
-        weights = [weight for weight in leaves(loss) if weight not in begins]
+        weights = leaves(loss, beyond=inlets)
         self._isolation.claim_unit(weights)
         return self._accumulator.push(loss if self._scale is None else loss * self._scale, weights, inlets)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
@@ -62,28 +62,24 @@ def cut(outlet: Any, *, differentiable: bool, inference: bool = False) -> tuple[
         for them), and what to go on with.
     """
     if isinstance(outlet, Tensor):
-        leaf, handed_on = _cut(outlet, differentiable)
-        return [] if leaf is None else [leaf], outlet if inference and outlet.is_inference() else handed_on
+        is_inference = outlet.is_inference()
+        leaf = outlet.clone() if is_inference and not torch.is_inference_mode_enabled() else outlet.detach()
+        if differentiable and outlet.requires_grad:
+            leaf.requires_grad_()
+            return [leaf], _Alias.apply(leaf)
+        return [], outlet if is_inference and inference else leaf
     leaves: list[Tensor] = []
     known: dict[Tensor, Tensor] = {}
 
     def one(tensor: Tensor) -> Tensor:
-        if not tensor.requires_grad and (inference or not tensor.is_inference()):
+        if not tensor.requires_grad and not tensor.is_inference():
             return tensor
         if tensor not in known:
-            leaf, known[tensor] = _cut(tensor, differentiable)
-            leaves.extend([] if leaf is None else [leaf])
+            begins, known[tensor] = cut(tensor, differentiable=differentiable, inference=inference)
+            leaves.extend(begins)
         return known[tensor]
 
     return leaves, mapped(one, outlet)
-
-
-def _cut(outlet: Tensor, asked: bool) -> tuple[Tensor | None, Tensor]:
-    leaf = outlet.clone() if outlet.is_inference() and not torch.is_inference_mode_enabled() else outlet.detach()
-    if not (asked and outlet.requires_grad):
-        return None, leaf
-    leaf.requires_grad_()
-    return leaf, _Alias.apply(leaf)
 
 
 def differentiable(outlet: Any) -> list[Tensor]:
@@ -93,20 +89,20 @@ def differentiable(outlet: Any) -> list[Tensor]:
     return [tensor for tensor in tensors(outlet) if tensor.requires_grad]
 
 
-def leaves(*roots: Tensor) -> list[Tensor]:
-    """The tensors with ``requires_grad`` at which the graphs of ``roots`` begin.
+def leaves(*roots: Tensor, beyond: Sequence[Tensor] = ()) -> list[Tensor]:
+    """The tensors with ``requires_grad`` at which the graphs of ``roots`` begin, without those that are listed in ``beyond``.
 
     Raises:
         RuntimeError: if reentrant checkpointing hides a part of a graph.
     """
     found: list[Tensor] = []
-    seen: set[Any] = set()
+    stack: list[Any] = []
     for root in roots:
         if root.grad_fn is not None:
-            seen.add(root.grad_fn)
+            stack.append(root.grad_fn)
         elif root.requires_grad:
             found.append(root)
-    stack = list(seen)
+    seen = set(stack)
     while stack:
         node = stack.pop()
         kind = type(node).__name__
@@ -121,7 +117,10 @@ def leaves(*roots: Tensor) -> list[Tensor]:
             if below is not None and below not in seen:
                 seen.add(below)
                 stack.append(below)
-    return found if len(roots) == 1 else list(dict.fromkeys(found))
+    if len(roots) == 1 and len(beyond) < 2:  # what nearly all stages are
+        return [leaf for leaf in found if leaf is not beyond[0]] if beyond else found
+    known = set(map(id, beyond))
+    return [leaf for leaf in dict.fromkeys(found) if id(leaf) not in known]
 
 
 class Segment:
@@ -138,7 +137,7 @@ class Segment:
         self.outlet = outlet
         self.outlets = differentiable(outlet)
         self.inlets = inlets
-        self.weights = [leaf for leaf in leaves(*self.outlets) if not any(leaf is inlet for inlet in inlets)]
+        self.weights = leaves(*self.outlets, beyond=inlets)
         self._versions = versions(outlet)
 
     def changed(self) -> bool:
@@ -164,12 +163,11 @@ class Segment:
         return flow(torch.autograd.grad(self.seed(box), self.inlets, retain_graph=retain, allow_unused=True))
 
 
-def flow(gradients: Iterable[Tensor | None]) -> Flow:
+def flow(gradients: Sequence[Tensor | None]) -> Flow:
     """A list of ``gradients``, empty where there are none."""
-    found = [*gradients]
-    for gradient in found:
+    for gradient in gradients:
         if gradient is not None:
-            return found
+            return list(gradients)
     return []
 
 

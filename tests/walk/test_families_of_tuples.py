@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -15,11 +18,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.video.mvit import MSBlockConfig, MViT
 
-from locallearn import LocalWrapper
+from locallearn import LocalWrapper, TokenDecoder
 from locallearn.testing import assert_local_gradients
 
 timm = pytest.importorskip("timm", reason="the extra `examples` has timm")
-hf = pytest.importorskip("transformers", reason="the extra `dev` has transformers")
+hf: Any = import_module("transformers") if find_spec("transformers") else None
+needs_hf = pytest.mark.skipif(hf is None, reason="the extra `dev` has transformers")
 
 
 class Family(NamedTuple):
@@ -255,10 +259,21 @@ def wrap(family: Family, **options: Any) -> LocalWrapper:
     return LocalWrapper(backbone, family.stages, **{"decoder": Pooled, "example": family.batch(), **options})
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+BY_HF = {"Swin", "Swinv2", "Hiera", "PVTv2", "T5 encoder", "T5", "BLOOM", "DeBERTa", "RWKV", "TimeSformer"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=needs_hf) if n in BY_HF else n for n in FAMILIES])
 def test_gradients_of_a_family_are_right(name: str) -> None:
     family = FAMILIES[name]
     assert_local_gradients(wrap(family), family.batch(), family.batch())
+
+
+@needs_hf
+@pytest.mark.parametrize("name", ["Swin", "Swinv2", "PVTv2", "DeBERTa", "TimeSformer", "T5 encoder", "BLOOM"])
+def test_what_the_docs_advise_for_a_family_holds(name: str) -> None:
+    page = (Path(__file__).parents[2] / "docs/your-backbone.md").read_text()
+    assert f"`{FAMILIES[name].stages[0]}`" in page
+    wrap(FAMILIES[name], decoder=TokenDecoder)
 
 
 def test_a_graph_net_with_edge_features_trains_on_one_view_in_which_graphs_are_joined() -> None:
@@ -278,6 +293,7 @@ def test_a_graph_net_with_edge_features_trains_on_one_view_in_which_graphs_are_j
         model.local_step(graph, graph)
 
 
+@needs_hf
 @pytest.mark.parametrize("name", ["Swin", "BLOOM", "RevNet"])
 def test_a_family_is_recomputed(name: str) -> None:
     family = FAMILIES[name]
@@ -296,6 +312,7 @@ def albert(groups: int) -> nn.Module:
     )
 
 
+@needs_hf
 def test_the_weights_that_all_layers_of_albert_use() -> None:
     layer = "encoder.albert_layer_groups"
     with pytest.raises(ValueError, match=rf"ran more than once.*'{layer}.0'.*one stage, which may end after 'encoder'"):
@@ -308,6 +325,7 @@ def untied(model: Any) -> None:
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
 
 
+@needs_hf
 @pytest.mark.parametrize("way_out", ["one stage", "untie", "freeze"])
 def test_a_head_that_is_tied_to_the_embedding(way_out: str) -> None:
     def gpt() -> Any:
@@ -340,6 +358,7 @@ def test_a_head_that_is_tied_to_the_embedding(way_out: str) -> None:
     assert_local_gradients(wrap(kept, **options), text(), text())
 
 
+@needs_hf
 def test_the_words_that_both_halves_of_t5_share() -> None:
     stages = [*numbered("encoder.block"), "decoder"]
     with pytest.raises(ValueError, match=r"stage 3 \('decoder'\) uses parameter 'shared.weight', which stage 0"):
@@ -349,12 +368,14 @@ def test_the_words_that_both_halves_of_t5_share() -> None:
     assert_local_gradients(wrap(Family(lambda: model, stages, both_texts)), both_texts(), both_texts())
 
 
+@needs_hf
 def test_what_the_encoder_of_t5_gives_to_every_block_of_the_decoder() -> None:
     stages = [*numbered("encoder.block"), "decoder.block.0", "decoder.block.1"]
     with pytest.raises(ValueError, match=r"stage 4 .* uses an activation of 'encoder.final_layer_norm'"):
         wrap(Family(lambda: t5(tied=False), stages, both_texts))
 
 
+@needs_hf
 @pytest.mark.parametrize("v2", [False, True])
 def test_the_relative_positions_that_all_layers_of_deberta_use(v2: bool) -> None:
     options = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_buckets": 4}
