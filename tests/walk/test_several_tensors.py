@@ -431,7 +431,7 @@ class Holder:
 class Hides(Layers):
     def forward(self, x: Tensor) -> Any:
         y = self.one(x)
-        return y, Holder(y.tanh())
+        return y, Holder(self.two(y))  # only the next stage uses these weights, which are its own therefore
 
 
 class Finds(Layers):
