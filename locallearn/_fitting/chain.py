@@ -1,20 +1,23 @@
-"""A backbone as a chain: the submodules, in the order in which they run, after which exactly one tensor goes on."""
+"""A backbone as a chain: the submodules, in the order in which they run, after which nothing goes on but what they return."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
+from torch.nn.modules.dropout import _DropoutNd
 
 from locallearn._fitting.channels import Channels
+from locallearn._fitting.features import Features
 from locallearn._fitting.outlets import failure
 from locallearn._fitting.quiet import undisturbed
 from locallearn._walk.segment import cut, version
+from locallearn._walk.trees import called, mapped, tensors
 from locallearn._walk.undo import attached
 
 
@@ -32,10 +35,12 @@ class Link(NamedTuple):
     Attributes:
         end: the outermost submodule that returns the link's outlet: the name of a cut.
         block: the largest submodule that ends there and could not be cut inside.
-        follows: whether ``block`` takes the outlet below, and nothing else.
-        outlet: its form.
-        place: a node of the graph and which of its outputs; the graph lives as long as a link does.
-        axis: of the outlet's channels, if a module says it.
+        follows: whether ``block`` takes the outlet below, one tensor, and nothing else.
+        outlet: the form of what decoders read of it.
+        whole: all that is returned, with forms in place of tensors.
+        forms: those of all tensors in it that have a graph.
+        places: theirs in the graph, which lives as long as a link does.
+        axis: of the channels of ``outlet``, if a module says it.
         noted: what ``note()`` returned at the end.
     """
 
@@ -43,7 +48,9 @@ class Link(NamedTuple):
     block: str
     follows: bool
     outlet: Form
-    place: GradientEdge
+    whole: Any
+    forms: tuple[Form, ...]
+    places: tuple[GradientEdge, ...]
     axis: int | None
     noted: Any
 
@@ -51,18 +58,21 @@ class Link(NamedTuple):
 class _Call(NamedTuple):
     name: str
     inlet: int | None  # the number of the only argument, if it is one tensor
-    outlet: int
-    form: Form
-    place: GradientEdge
+    outlet: int  # of what is read
+    read: Form
+    whole: Any
+    forms: tuple[Form, ...]
+    places: tuple[GradientEdge, ...]
     noted: Any
     passes: bool  # hands on what it was given, as Dropout does in eval mode
 
 
 def links(
     backbone: nn.Module,
-    batch: Tensor,
+    batch: Any,
     note: Callable[[], object] = lambda: None,
     cuts: Sequence[str] = (),
+    features: Features | None = None,
     *,
     disturb: bool = False,
 ) -> list[Link]:
@@ -77,6 +87,7 @@ def links(
         batch: what it takes.
         note: called at the end of every submodule.
         cuts: submodules after which links end in any case.
+        features: what decoders read where a submodule returns several tensors. Such places are found too, if it is given.
         disturb: ``True`` to run it in the modes that it has, and to leave what that changes, as in a copy.
 
     Raises:
@@ -87,24 +98,27 @@ def links(
         >>> [link.end for link in links(net, torch.zeros(2, 4))]
         ['0', '1.0', '1', '2']
     """
-    forward = _Forward(backbone, batch, note, disturb=disturb)
+    forward = _Forward(backbone, batch, note, features, disturb=disturb)
     return forward.chain(forward.calls[-1], cuts) if forward.calls else []
 
 
-def longest(backbone: nn.Module, batch: Tensor) -> list[Link]:
+def longest(backbone: nn.Module, batch: Any, features: Features | None = None) -> list[Link]:
     """The most links one after another that lead to the outlet of any call: those of a U-Net's encoder, for instance."""
-    forward = _Forward(backbone, batch, lambda: None, disturb=False)
+    forward = _Forward(backbone, batch, lambda: None, features, disturb=False)
     return max((forward.chain(call) for call in forward.calls), key=len, default=[])
 
 
 class _Forward:
-    """Every call of a submodule that returns one tensor with a graph, in the order in which they end; no tensor is kept."""
+    """Every call of a submodule that returns tensors with a graph, in the order in which they end; no tensor is kept."""
 
-    def __init__(self, backbone: nn.Module, batch: Tensor, note: Callable[[], object], *, disturb: bool) -> None:
+    def __init__(
+        self, backbone: nn.Module, batch: Any, note: Callable[[], object], features: Features | None, *, disturb: bool
+    ) -> None:
         scripted = {part for module in backbone.modules() if _scripted(module) for part in module.modules()}
         names = {module: name for name, module in backbone.named_modules() if name and module not in scripted}
         inlets: dict[nn.Module, list[tuple[int | None, int]]] = {}
         self.calls: list[_Call] = []
+        self._dropouts = {name for module, name in names.items() if isinstance(module, _DropoutNd)}
         self._channels = channels = Channels(backbone)
 
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -113,23 +127,27 @@ class _Forward:
 
         def leave(module: nn.Module, args: Any, output: object) -> None:
             inlet, before = inlets[module].pop()
-            if not isinstance(output, Tensor) or output.grad_fn is None:
+            read = _read(output, features)
+            if read is None:
                 return
-            outlet, form = channels.number(output), Form(output.shape, output.dtype, output.device)
-            place = GradientEdge(output.grad_fn, output.output_nr)
-            passes = outlet == inlet and version(output) == before
-            self.calls.append(_Call(names[module], inlet, outlet, form, place, note(), passes))
+            linked = [tensor for tensor in tensors(output) if tensor.grad_fn is not None]
+            places = tuple(GradientEdge(tensor.grad_fn, tensor.output_nr) for tensor in linked)  # type: ignore[arg-type]
+            number = channels.number(read)
+            passes = number == inlet and version(read) == before
+            forms = tuple(map(_form, linked))
+            self.calls.append(
+                _Call(names[module], inlet, number, _form(read), mapped(_form, output), forms, places, note(), passes)
+            )
 
         hooks, heard = attached(dict.fromkeys(names, enter), dict.fromkeys(names, leave)), channels.heard()
         quiet = undisturbed(*([] if disturb else [backbone]))
         with quiet, quiet, heard, heard, hooks, hooks, torch.enable_grad():
-            images = batch.detach().clone()
             weights = list(backbone.parameters())
-            if images.is_floating_point() and not (weights and all(weight.requires_grad for weight in weights)):
-                images = cut(images.requires_grad_(), differentiable=True)[1]  # a graph where the weights make none
-            self._begin = channels.number(images)
+            trained = bool(weights) and all(weight.requires_grad for weight in weights)
+            begun = mapped(lambda tensor: _begun(tensor, graph=not trained), batch)
+            self._begin = channels.number(begun) if isinstance(begun, Tensor) else -1
             try:
-                backbone(images)
+                called(backbone, begun)
             except Exception as error:
                 if disturb:
                     raise
@@ -137,25 +155,49 @@ class _Forward:
 
     def chain(self, last: _Call, cuts: Sequence[str] = ()) -> list[Link]:
         """The links that lead to the outlet of ``last``."""
-        alive, often = _Alive(last.place), Counter(call.name for call in self.calls)
+        alive, often = _Alive(last.places), Counter(call.name for call in self.calls)
         passed = {call.outlet for call in self.calls if call.passes}
-        ending: dict[GradientEdge, list[_Call]] = {}
+        ending: dict[frozenset[GradientEdge], list[_Call]] = {}
         for call in sorted(self.calls, key=lambda call: call.passes):
-            if often[call.name] == 1 and (not call.passes or call.place not in ending):
-                ending.setdefault(call.place, []).append(call)
+            key = frozenset(call.places)
+            if often[call.name] == 1 and (not call.passes or (key not in ending and call.name in self._dropouts)):
+                ending.setdefault(key, []).append(call)
         chain: list[Link] = []
-        below = self._begin
-        for place, inner_first in sorted(ending.items(), key=lambda item: _made(item[0])):
-            if not alive.alone(place) and not any(call.name in cuts for call in inner_first):
+        below: int | None = self._begin
+        for places, inner_first in sorted(ending.items(), key=lambda item: _made(item[0])):
+            if not alive.alone(places) and not any(call.name in cuts for call in inner_first):
                 continue
-            whole = next((call for call in inner_first if call.name in cuts), inner_first[-1])
+            end = next((call for call in inner_first if call.name in cuts), inner_first[-1])
             uncut = [call for call in inner_first if not any(link.end.startswith(f"{call.name}.") for link in chain)]
             block = uncut[-1] if uncut else inner_first[0]
-            follows = block.inlet == below and below not in passed
-            axis = self._channels.axis(whole.form.shape, whole.outlet)
-            chain.append(Link(whole.name, block.name, follows, whole.form, place, axis, whole.noted))
-            below = whole.outlet
+            follows = block.inlet is not None and block.inlet == below and below not in passed
+            axis = self._channels.axis(end.read.shape, end.outlet)
+            chain.append(
+                Link(end.name, block.name, follows, end.read, end.whole, end.forms, end.places, axis, end.noted)
+            )
+            below = end.outlet if len(places) == 1 else None
         return chain
+
+
+def _read(output: object, features: Features | None) -> Tensor | None:
+    """The tensor that a decoder reads of ``output``, if there is one, with a graph."""
+    if isinstance(output, Tensor) or features is None:
+        return output if isinstance(output, Tensor) and output.grad_fn is not None else None
+    try:
+        read = features(output)
+    except Exception:  # noqa: BLE001 - most submodules return something else than those at which stages will end
+        return None
+    return read if read.grad_fn is not None else None
+
+
+def _form(tensor: Tensor) -> Form:
+    return Form(tensor.shape, tensor.dtype, tensor.device)
+
+
+def _begun(tensor: Tensor, *, graph: bool) -> Tensor:
+    """A copy that a graph may begin with, and that is no leaf, which may not be changed in place."""
+    images = tensor.detach().clone()
+    return cut(images.requires_grad_(), differentiable=True)[1] if graph and images.is_floating_point() else images
 
 
 def _scripted(module: nn.Module) -> bool:
@@ -163,18 +205,18 @@ def _scripted(module: nn.Module) -> bool:
     return isinstance(module, torch.jit.ScriptModule)
 
 
-def _made(place: GradientEdge) -> int:
-    return place.node._sequence_nr()
+def _made(places: Iterable[GradientEdge]) -> int:
+    return max(place.node._sequence_nr() for place in places)
 
 
 class _Alive:
-    """From when until when each tensor that leads to ``end`` is needed, as numbers of nodes."""
+    """From when until when each tensor that leads to ``ends`` is needed, as numbers of nodes."""
 
-    def __init__(self, end: GradientEdge) -> None:
-        stack = [end.node]
+    def __init__(self, ends: Sequence[GradientEdge]) -> None:
+        stack = list({end.node: None for end in ends})
         seen = set(stack)
-        self._until: dict[GradientEdge, float] = {end: float("inf")}
-        since: dict[GradientEdge, int] = {end: _made(end)}
+        self._until: dict[GradientEdge, float] = dict.fromkeys(ends, float("inf"))
+        since: dict[GradientEdge, int] = {end: _made([end]) for end in ends}
         while stack:
             node = stack.pop()
             now = node._sequence_nr()
@@ -189,8 +231,8 @@ class _Alive:
                     stack.append(below)
         self._starts, self._stops = sorted(since.values()), sorted(self._until.values())
 
-    def alone(self, place: GradientEdge) -> bool:
-        """Whether, once ``place`` is made, nothing else from before is needed."""
-        made = _made(place)
+    def alone(self, places: frozenset[GradientEdge]) -> bool:
+        """Whether, once ``places`` are made, nothing else from before is needed, but some of them."""
+        made = _made(places)
         alive = bisect_right(self._starts, made) - bisect_right(self._stops, made)
-        return alive == 1 and self._until.get(place, made) > made
+        return alive == sum(self._until.get(place, made) > made for place in places) > 0

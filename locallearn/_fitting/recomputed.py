@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import groupby
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from locallearn._fitting.chain import Link, links
 from locallearn._walk.recompute import Run
@@ -19,7 +19,7 @@ Policy: TypeAlias = Choice | tuple[Choice, ...]
 
 
 def runs(
-    backbone: nn.Module, cuts: Sequence[str], policy: Policy, batch: Tensor, chain: Sequence[Link] | None = None
+    backbone: nn.Module, cuts: Sequence[str], policy: Policy, batch: Any, chain: Sequence[Link] | None = None
 ) -> dict[Run, Learnt]:
     """What is recomputed together, each run inside of one stage, outer ones first; nothing is known of them yet.
 

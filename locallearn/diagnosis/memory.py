@@ -9,9 +9,11 @@ from os import PathLike
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from locallearn._fitting.objective import concatenated
+from locallearn._fitting.attach import FromOutlet
+from locallearn._fitting.batches import View, concatenated, plain_views
+from locallearn._walk.trees import mapped, tensors
 from locallearn.memory.count import Flops, LiveBytes
 from locallearn.memory.fakes import Fakes, analysed
 from locallearn.memory.pieces import Piece, Sample
@@ -97,7 +99,7 @@ class MemoryReport:
         figure.savefig(path, dpi=150)
 
 
-def memory_report(model: LocalWrapper, *views: Tensor, targets: Any = None) -> MemoryReport:
+def memory_report(model: LocalWrapper, *views: View, targets: Any = None) -> MemoryReport:
     """Predicts and counts the live bytes of ``model.local_step(*views)``, and counts those of end-to-end training.
 
     Runs on a copy without numbers, in seconds and without memory. Weights, their gradients and the views do not count.
@@ -119,23 +121,24 @@ def memory_report(model: LocalWrapper, *views: Tensor, targets: Any = None) -> M
     with analysed(model) as fakes:
         try:
             return _reported(model, views, targets, fakes)
-        except (
-            RuntimeError
-        ) as error:  # such as what torch raises where a number decides, which tensors without numbers have not
+        except RuntimeError as error:  # a number decides, for instance, and there is none
             raise RuntimeError(
                 f"a copy of {type(model.backbone).__name__} does not run without numbers ({type(error).__name__}: {error}). If "
                 "model.local_step(*views) does, count that: locallearn.memory.measure(lambda: model.local_step(*views))"
             ) from error
 
 
-def _reported(model: LocalWrapper, views: Sequence[Tensor], targets: Any, fakes: Fakes) -> MemoryReport:
+def _reported(model: LocalWrapper, views: Sequence[View], targets: Any, fakes: Fakes) -> MemoryReport:
     copied, again, whole = (fakes.copy(model) for _ in range(3))
-    pair, aims = fakes.copy([view.detach() for view in views]), fakes.copy(targets)
+    pair, aims = fakes.copy([mapped(torch.detach, view) for view in plain_views(views)]), fakes.copy(targets)
     _unite(whole)
     with fakes:
         actions = model._execution.actions
         batch = concatenated(pair, copy=model._changes_views)
-        copied_views = 0 if batch.untyped_storage() is pair[0].untyped_storage() else batch.nbytes
+        copied_views = sum(
+            0 if joined.untyped_storage() is view.untyped_storage() else joined.nbytes
+            for joined, view in zip(tensors(batch), tensors(pair[0]), strict=True)
+        )
         ahead = predict(model.plan, actions, _weighed(again, batch), base=copied_views)
         del batch
         local, end_to_end = (_followed(one, pair, aims) for one in (copied, whole))
@@ -162,17 +165,19 @@ def _unite(model: LocalWrapper) -> None:
         model.loss = model.loss[-1]
 
 
-def _weighed(model: LocalWrapper, batch: Tensor) -> list[list[Piece]]:
+def _weighed(model: LocalWrapper, batch: Any) -> list[list[Piece]]:
     """The pieces of every stage, the last of them with what the units' decoders on it take."""
-    sample = Sample(model.backbone, batch, model.stages, disturb=True)
+    sample = Sample(model.backbone, batch, model.stages, model.features, disturb=True)
     found = list(model._runs)
-    between = places(model.backbone, sample.chain, len(sample.inputs), found)
+    between = places(model.backbone, sample.chain, sample.rows, found)
     ends = [link for link in sample.chain if link in between or link.end in model.stages]
     at = {link.end: number for number, link in enumerate(ends)}
     pieces = sample.pieces(ends, found)[1]
     for k, unit in enumerate(model.plan.units):
         number = at[model.stages[unit.last]]
-        takes, spent = sample.train(model.decoders[k], sample.like(ends[number]))
+        end, decoder = ends[number], model.decoders[k]
+        given = sample.whole(end) if isinstance(decoder, FromOutlet) else sample.like(end.outlet)
+        takes, spent = sample.train(decoder, given)
         if takes > pieces[number].train:
             pieces[number] = pieces[number]._replace(train=takes, decoder_flops=spent)
     bounds = [0, *(at[stage] + 1 for stage in model.stages)]
@@ -192,7 +197,7 @@ class _Followed(LiveBytes):
         self.computed.append(self._flops.total)
 
 
-def _followed(model: LocalWrapper, views: list[Tensor], targets: Any) -> Timeline:
+def _followed(model: LocalWrapper, views: list[View], targets: Any) -> Timeline:
     flops, units = Flops(), dict[int, int]()
     live = _Followed(flops)
 

@@ -9,14 +9,17 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from locallearn._fitting.attach import Decoder, attach
+from locallearn._fitting.batches import rows
 from locallearn._fitting.chain import Form, Link, links
+from locallearn._fitting.features import Features
 from locallearn._fitting.outlets import Outlet
 from locallearn._walk.gradients import Accumulate
 from locallearn._walk.recompute import Run
 from locallearn._walk.segment import cut
+from locallearn._walk.trees import mapped, tensors
 from locallearn._walk.undo import attached
 from locallearn.memory.count import Flops, storages
 from locallearn.memory.scaled import ScaledBytes
@@ -71,23 +74,39 @@ class Sample:
         model: the backbone.
         batch: what it is to be weighed for.
         cuts: submodules after which links end in any case.
+        features: what decoders read where a submodule returns several tensors.
         disturb: ``True`` to run it in the modes that it has, and to leave what that changes, as in a copy. In eval mode what only
             training makes (masks of dropout) does not count.
 
     Attributes:
-        inputs: the two.
+        inputs: the two; all that there are, where the batch axis cannot be told, as in a graph with its edges.
+        rows: how many, or ``None``.
         chain: what lies between places at which ``model`` can be cut.
         misfits: why a decoder does not fit outlets of a shape.
     """
 
-    def __init__(self, model: nn.Module, batch: Tensor, cuts: Sequence[str] = (), *, disturb: bool = False) -> None:
-        self.inputs = batch[:2] if len(batch) > 1 else torch.cat([batch, batch])
-        self._live, self._counter = ScaledBytes(self.inputs, len(batch) / len(self.inputs)), Flops()
+    def __init__(
+        self,
+        model: nn.Module,
+        batch: Any,
+        cuts: Sequence[str] = (),
+        features: Features | None = None,
+        *,
+        disturb: bool = False,
+    ) -> None:
+        length = rows(batch)
+        self.inputs = batch if length is None else mapped(lambda tensor: _two(tensor, length), batch)
+        self.rows = rows(self.inputs)
+        varying = [
+            tensor for tensor in tensors(self.inputs) if self.rows is None or (tensor.ndim and len(tensor) == self.rows)
+        ]
+        self._first = varying[0]
+        self._live, self._counter = ScaledBytes(varying, (length or 1) / (self.rows or 1)), Flops()
         self.misfits: dict[torch.Size, str] = {}
         start: list[_Mark] = []
         begin = attached({model: lambda *_: start.append(self._mark())}, {})
         with begin, begin, self._counter, self._live:
-            self.chain = links(model, self.inputs, self._mark, cuts, disturb=disturb)
+            self.chain = links(model, self.inputs, self._mark, cuts, features or Features(), disturb=disturb)
         self._shapes = tuple(weight.shape for weight in model.parameters())
         self._start = start[0]
         self._backwards: dict[object, tuple[int, int]] = {}  # of pieces that are alike
@@ -112,7 +131,7 @@ class Sample:
     def _piece(self, link: Link, below: Link | None, *, frozen: bool) -> Piece:
         """``frozen``: whether nothing is trained below."""
         history, weights = self._history(link, below), trained_below(link, below)
-        outlet, shape = self._size(link.outlet), self._shape(link.outlet)
+        outlet, shape = sum(map(self._size, link.forms)), self._shape(link.outlet)
         flops = link.noted.flops - (self._start if below is None else below.noted).flops
         spent, forward = int(flops * self._live.factor), max(history) - history[0]
         held = self._live.history[link.noted.at] - history[-1]
@@ -120,7 +139,7 @@ class Sample:
         if frozen and not weights:  # there is no graph
             return Piece(link.end, shape, spent, outlet, outlet, held, forward, outlet, outlet, 0.0, 0, 0)
         kept = history[-1] - history[0]
-        alike = (shape, spent, kept, forward, tuple(weight.shape for weight in weights), below and below.outlet)
+        alike = (shape, spent, kept, forward, tuple(weight.shape for weight in weights), below and below.forms)
         if alike not in self._backwards:
             self._backwards[alike] = self._backward(link, below, weights)
         pull, push = (kept + more for more in self._backwards[alike])
@@ -129,7 +148,9 @@ class Sample:
     def _recomputed(self, piece: Piece, link: Link, below: Link | None) -> Piece:
         """Keeps its outlet; a backward makes its graph again, and the outlet if that is saved, and frees it on the way."""
         largest = max(after - before for before, after in pairwise(self._history(link, below)))
-        backward = piece.push + (piece.outlet if hasattr(type(link.place.node), "_saved_result") else 0)
+        backward = piece.push + (
+            piece.outlet if any(hasattr(type(place.node), "_saved_result") for place in link.places) else 0
+        )
         forward = min(piece.forward, piece.outlet + 2 * largest)  # without a graph
         return piece._replace(kept=piece.outlet, pull=backward, push=backward, forward=forward)
 
@@ -153,8 +174,8 @@ class Sample:
         return piece._replace(train=takes, decoder_flops=spent)
 
     def _decode(self, link: Link, decoder: Decoder, axis: int | None) -> tuple[float, int]:
-        features = self.like(link)
-        outlet = Outlet(features, None, self._shapes, link.axis)
+        features = self.like(link.outlet)
+        outlet = Outlet(features, None, self._shapes, axis=link.axis)
         gpu = [features.device] if features.is_cuda else []
         with torch.random.fork_rng(gpu, device_type="cuda"):
             try:
@@ -164,52 +185,63 @@ class Sample:
                 return inf, 0
             return self.train(module, features)
 
-    def like(self, link: Link) -> Tensor:
-        """A tensor like the outlet, which grows with the inputs."""
+    def like(self, form: Form) -> Tensor:
+        """A tensor of that form, which grows with the inputs."""
         with self._live:
-            form = link.outlet
-            return self.inputs.new_ones(form.shape, dtype=form.dtype, device=form.device)
+            return self._first.new_ones(form.shape, dtype=form.dtype, device=form.device)
 
-    def train(self, decoder: nn.Module, features: Tensor) -> tuple[int, int]:
+    def whole(self, link: Link) -> Any:
+        """All that is returned at the end of ``link``, of tensors like those."""
+        return tree_map(
+            lambda leaf: self.like(leaf) if isinstance(leaf, Form) else leaf,
+            link.whole,
+            is_leaf=lambda leaf: isinstance(leaf, Form),
+        )
+
+    def train(self, decoder: nn.Module, features: Any) -> tuple[int, int]:
         """The most bytes that ``decoder`` takes beside the outlet that it reads, and the FLOPs of its forward."""
         weights = [weight for weight in decoder.parameters() if weight.requires_grad]
         for weight in weights:
             weight.grad = torch.zeros_like(weight)
         self._live.expect_gradients(weights)
         begin = self._mark()
-        leaf, read = cut(features.requires_grad_(), differentiable=True)
-        assert leaf is not None
+        begun = mapped(
+            lambda tensor: tensor.requires_grad_(tensor.is_floating_point() or tensor.is_complex()), features
+        )
+        inlets, read = cut(begun, differentiable=True)
         with self._counter, self._live:
             outputs = tree_leaves(decoder(read))
             del read
             end = self._mark()
             root = torch.stack([output.square().sum() for output in outputs if isinstance(output, Tensor)]).sum()
             del outputs
-            Accumulate().push(root, weights, leaf)
+            Accumulate().push(root, weights, inlets)
         peak = max(self._live.history[begin.at :]) - self._live.history[begin.at]
         return peak, int((end.flops - begin.flops) * self._live.factor)
 
     def _backward(self, link: Link, below: Link | None, weights: Sequence[Tensor]) -> tuple[int, int]:
         """What a backward to the inlet, and then the last one, take beside the graph."""
-        inlet = [] if below is None else [below.place]
-        pull = self._peak(link, inlet, retain=True) if inlet else 0
+        inlets = () if below is None else below.places
+        pull = self._peak(link, inlets, retain=True) if inlets else 0
         self._live.expect_gradients(weights)
-        return pull, self._peak(link, [*inlet, *weights], retain=False)
+        return pull, self._peak(link, [*inlets, *weights], retain=False)
 
     def _peak(self, link: Link, inputs: Sequence[Any], *, retain: bool) -> int:
-        live, seed = self._live.history, self._size(link.outlet)
+        live, seed = self._live.history, sum(map(self._size, link.forms))
         begin, ends = len(live) - 1, [len(live) - 1]
-        gradient = self.like(link)
+        gradients = [self.like(form) for form in link.forms]
+        known = [gradient.untyped_storage() for gradient in gradients]
 
         def used(below: Sequence[Tensor | None], _: object) -> None:
             """The walk frees what comes in here, unless it goes on; autograd.grad holds it to the end."""
-            if not any(g is not None and gradient.untyped_storage() in storages(g) for g in below):
+            if not any(storage in known for g in below if g is not None for storage in storages(g)):
                 ends.append(len(live) - 1)
 
-        handle = link.place.node.register_hook(used)
+        handles = [link.places[0].node.register_hook(used)] if len(link.places) == 1 else []
         with self._live:
-            torch.autograd.grad([link.place], list(inputs), [gradient], retain_graph=retain, allow_unused=True)
-        handle.remove()
+            torch.autograd.grad(link.places, list(inputs), gradients, retain_graph=retain, allow_unused=True)
+        for handle in handles:
+            handle.remove()
         last = ends[1] if len(ends) > 1 else len(live) - 1
         return max([*live[begin : last + 1], *(now - seed for now in live[last + 1 :])]) - live[begin]
 
@@ -220,10 +252,19 @@ class Sample:
         return prod(self._shape(form)) * form.dtype.itemsize
 
 
+def _two(tensor: Tensor, length: int) -> Tensor:
+    """The first two inputs in a tensor that has an axis for them, which is as long as the batch."""
+    if not tensor.ndim or len(tensor) != length:
+        return tensor
+    return tensor[:2] if length > 1 else torch.cat([tensor, tensor])
+
+
 def trained_below(link: Link, below: Link | None = None) -> list[Tensor]:
     """The trained weights that lead to the outlet of ``link``, above that of ``below``."""
-    stack, found = [link.place.node], list[Tensor]()
-    seen = {*stack, *([] if below is None else [below.place.node])}
+    stack, found = list({place.node: None for place in link.places}), list[Tensor]()
+    inlets = set() if below is None else {place.node for place in below.places}
+    stack = [node for node in stack if node not in inlets]
+    seen = {*stack, *inlets}
     while stack:
         node = stack.pop()
         if isinstance(leaf := getattr(node, "variable", None), nn.Parameter):  # the inputs may be another leaf

@@ -13,7 +13,7 @@ from locallearn._fitting.recomputed import natural
 from locallearn._walk.recompute import Run
 
 
-def places(model: nn.Module, chain: Sequence[Link], rows: int, whole: Collection[Run] = ()) -> list[Link]:
+def places(model: nn.Module, chain: Sequence[Link], rows: int | None, whole: Collection[Run] = ()) -> list[Link]:
     """Those after a block or a run of simple layers, up to the last map of features.
 
     What follows that map, a pooling and a classifier, is left out. Vectors (``(N, C)``) are no map; where there are only

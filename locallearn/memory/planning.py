@@ -6,13 +6,17 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil, inf
+from typing import Any
 
 from torch import Tensor, nn
 
 from locallearn._fitting.attach import Decoder
+from locallearn._fitting.batches import View, example_batch, rows
 from locallearn._fitting.chain import Link, longest
-from locallearn._fitting.outlets import check_graph, example_batch
+from locallearn._fitting.features import Features, Which
+from locallearn._fitting.outlets import check_graph
 from locallearn._fitting.recomputed import Policy, runs
+from locallearn._walk.trees import mapped
 from locallearn.memory.pieces import Piece, Sample, trained_below
 from locallearn.memory.places import places
 from locallearn.memory.predict import predict
@@ -73,7 +77,7 @@ class StagePlan:
 
 def plan_stages(
     model: nn.Module,
-    example: Tensor | Sequence[Tensor] | None = None,
+    example: View | Sequence[View] | None = None,
     n: int = 4,
     overlap: int = 1,
     budget: float | None = None,
@@ -81,18 +85,19 @@ def plan_stages(
     decoder: Decoder = "auto",
     checkpoint: Policy = False,
     channel_axis: int | None = None,
+    features: Which = None,
 ) -> StagePlan:
     """Finds where ``model`` can be cut, weighs what lies between, and picks the cuts.
 
-    A backbone can be cut after every submodule over which exactly one tensor passes; blocks stay whole, and so do simple
-    layers with the convolution before them. The last stage ends with the last map of features; the pooling and the classifier
-    that follow are left out. All is counted in one forward of the first two inputs, in eval mode and without a trace, and
-    multiplied: seconds, and the memory of a step with two inputs.
+    A backbone can be cut after every submodule after which nothing is needed but what it returns; blocks stay whole, and so
+    do simple layers with the convolution before them. The last stage ends with the last map of features; the pooling and the
+    classifier that follow are left out. All is counted in one forward of the first two inputs, in eval mode and without a
+    trace, and multiplied: seconds, and the memory of a step with two inputs.
 
     Args:
         model: the backbone; it is left as it is.
-        example: a batch as large as those that will be trained on, all views in one, or a sequence of views. By default 64
-            RGB images of 224 pixels, such as two views of 32.
+        example: a batch as large as those that will be trained on, all views in one, or a list of views; as in
+            ``LocalWrapper``. By default 64 RGB images of 224 pixels, such as two views of 32.
         n: how many stages.
         overlap: how many of them neighbouring units share.
         budget: ``None`` looks for the lowest peak, and for even computation among those cuts that share it. A number of
@@ -100,6 +105,7 @@ def plan_stages(
         decoder: as in ``LocalWrapper``, but no list.
         checkpoint: as in ``LocalWrapper``: with it, the cuts are chosen for what is recomputed.
         channel_axis: as in ``LocalWrapper``.
+        features: as in ``LocalWrapper``.
 
     Raises:
         ValueError: if the model does not run on ``example``, if it has not enough places, or if nothing fits into the budget.
@@ -112,21 +118,23 @@ def plan_stages(
     """
     check_graph(model)
     batch = sixty_four(model, None) if example is None else example_batch(model, example)
-    sample = Sample(model, batch)
-    found = runs(model, (), checkpoint or True, sample.inputs, sample.chain)
-    ends = places(model, sample.chain, len(sample.inputs), found)
+    sample = Sample(model, batch, features=Features(features))
+    found = runs(model, (), checkpoint or True, sample.inputs, [link for link in sample.chain if len(link.forms) == 1])
+    ends = places(model, sample.chain, sample.rows, found)
     if len(ends) < n:
         raise ValueError(_too_few(model, sample, n, [end.end for end in ends]))
     plain, lean = sample.pieces(ends, found)
     plain = [sample.decoded(piece, end, decoder, channel_axis) for piece, end in zip(plain, ends, strict=True)]
-    if all(piece.train == inf for piece in plain[n - 1 :]):
-        raise ValueError(_misfit(sample, ends[-1]))
     lean = [
         piece._replace(train=known.train, decoder_flops=known.decoder_flops)
         for piece, known in zip(lean, plain, strict=True)
     ]
     plan = Plan.windows(n, overlap)
     best = _best(plan, lean if checkpoint else plain, inf if budget is None else budget, peak_first=budget is None)
+    if not best:
+        raise ValueError(
+            _misfit(sample, [end for end, piece in zip(ends, plain, strict=True) if piece.train == inf][-1])
+        )
     bounds = [0, *best]
     return StagePlan(
         tuple(plain[end - 1].end for end in best),
@@ -137,10 +145,15 @@ def plan_stages(
     )
 
 
-def sixty_four(model: nn.Module, example: Tensor | Sequence[Tensor] | None) -> Tensor:
+def sixty_four(model: nn.Module, example: View | Sequence[View] | None) -> Any:
     """The first of ``example``'s inputs, as a batch of 64, which takes no more memory."""
     batch = example_batch(model, example)
-    return batch[:1].expand(64, *batch.shape[1:])
+    length = rows(batch)
+
+    def many(tensor: Tensor) -> Tensor:
+        return tensor[:1].expand(64, *tensor.shape[1:]) if tensor.ndim and len(tensor) == length else tensor
+
+    return mapped(many, batch)
 
 
 def _left_out(model: nn.Module, reached: Collection[int]) -> tuple[str, ...]:
@@ -155,7 +168,7 @@ def _left_out(model: nn.Module, reached: Collection[int]) -> tuple[str, ...]:
 
 def _too_few(model: nn.Module, sample: Sample, n: int, ends: Sequence[str]) -> str:
     told = f"{n} stages need as many pieces, but the model can only be cut after {list(ends)}"
-    below = longest(model, sample.inputs)
+    below = longest(model, sample.inputs, Features())
     if len(below) > len(sample.chain) and len(below) >= n:
         told += (
             f". Up to {below[-1].end!r} more would do, but tensors from there are needed until the end, as over a U-Net's skip "
@@ -164,10 +177,10 @@ def _too_few(model: nn.Module, sample: Sample, n: int, ends: Sequence[str]) -> s
     return told
 
 
-def _misfit(sample: Sample, top: Link) -> str:
+def _misfit(sample: Sample, end: Link) -> str:
     return (
-        f"decoder= fits no outlet at which a unit could end. At {top.end!r}: {sample.misfits[top.outlet.shape]}. Leave decoder= "
-        "away, for decoders that are chosen by the outlets' shapes"
+        f"decoder= fits too few outlets at which units could end. Not that of {end.end!r}: {sample.misfits[end.outlet.shape]}. "
+        "Leave decoder= away, for decoders that are chosen by the outlets' shapes"
     )
 
 
@@ -176,7 +189,7 @@ def _peak(plan: Plan, stages: Sequence[Sequence[Piece]]) -> float:
 
 
 def _best(plan: Plan, pieces: Sequence[Piece], budget: float, *, peak_first: bool) -> tuple[int, ...]:
-    """How many pieces lie up to the end of each stage: by branch and bound, exact.
+    """How many pieces lie up to the end of each stage: by branch and bound, exact; nothing, if decoders fit nowhere.
 
     The stages are chosen from the bottom. The lowest units alone take no more than they do among all, so what they take
     bounds what can come of a beginning. So does what is left: one of the units above keeps its share of it at least.
@@ -212,6 +225,8 @@ def _best(plan: Plan, pieces: Sequence[Piece], budget: float, *, peak_first: boo
     extend((), 0.0, 0.0)
     if not best[2] and budget < inf:
         ends = _best(plan, pieces, inf, peak_first=True)
+        if not ends:
+            return ()
         least = _peak(plan, [pieces[a:b] for a, b in pairwise((0, *ends))])
         raise ValueError(
             f"no cuts into {n} stages with overlap {overlap} fit into {budget / 1e6:,.0f} MB; the least is "

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
-from torch import Tensor, nn
+from torch import nn
 
+from locallearn._fitting.batches import View, example_batch, rows
 from locallearn._fitting.chain import Link, links
-from locallearn._fitting.outlets import check_graph, example_batch
+from locallearn._fitting.features import Features
+from locallearn._fitting.outlets import check_graph
 from locallearn.memory.places import places, positions, trained
 
 
-def stages_of(model: nn.Module, n: int = 4, example: Tensor | Sequence[Tensor] | None = None) -> tuple[str, ...]:
+def stages_of(model: nn.Module, n: int = 4, example: View | Sequence[View] | None = None) -> tuple[str, ...]:
     """Names for ``LocalWrapper(model, stages=...)``, by this rule.
 
-    One forward in eval mode finds the submodules that run one after the other, each of which takes one tensor from the last
+    One forward in eval mode finds the submodules that run one after the other, each of which takes what the last returns
     and nothing else, up to the last map of features (what follows, a pooling and a classifier, is left out). Then:
 
     1. Of all modules, the one is looked for whose children return the most resolutions. If that is ``n`` or more, a stage ends
@@ -42,9 +44,9 @@ def stages_of(model: nn.Module, n: int = 4, example: Tensor | Sequence[Tensor] |
     check_graph(model)
     if n < 1:
         raise ValueError(f"a backbone has at least one stage; got n={n}")
-    batch = example_batch(model, example)[:2]
-    chain = links(model, batch)
-    blocks = places(model, chain, len(batch))
+    batch = example_batch(model, example)
+    chain = links(model, batch, features=Features())
+    blocks = places(model, chain, rows(batch))
     if len(blocks) < n:
         raise ValueError(
             f"{n} stages need as many blocks, but the model can only be cut after {[b.end for b in blocks]}"

@@ -24,11 +24,12 @@ class ScaledBytes(LiveBytes):
         factor: how many times as many inputs there will be.
     """
 
-    def __init__(self, inputs: Tensor, factor: float) -> None:
+    def __init__(self, inputs: Sequence[Tensor], factor: float) -> None:
         super().__init__()
         self.factor = factor
         self._grows: Any = WeakIdKeyDictionary()
-        self._grows[inputs.untyped_storage()] = True
+        for tensor in inputs:
+            self._grows.update(dict.fromkeys(storages(tensor), True))
         self._gradients: set[tuple[int, ...]] = set()
 
     def expect_gradients(self, weights: Iterable[Tensor]) -> None:

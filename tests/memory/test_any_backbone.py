@@ -242,7 +242,7 @@ def test_a_u_net_is_told_that_its_encoder_would_do() -> None:
 
 def test_a_decoder_that_fits_nowhere_is_told_with_the_shape() -> None:
     with pytest.raises(
-        ValueError, match=r"fits no outlet .*of shape \(2, 8, 16, 16\): .*chosen by the outlets' shapes"
+        ValueError, match=r"fits too few outlets .*of shape \(2, 8, 16, 16\): .*chosen by the outlets' shapes"
     ):
         plan_stages(small(), torch.rand(2, 3, 16, 16), 2, decoder=lambda width: nn.Linear(width + 1, 2))
 
@@ -287,3 +287,62 @@ def test_it_takes_seconds(name: str) -> None:
     begin = process_time()
     LocalWrapper(net, "auto")
     assert process_time() - begin < 20
+
+
+# ---------------------------------------------------------------- several tensors, and batches that are not one tensor
+
+
+class Streams(nn.Module):
+    """Blocks that hand on a pair, and read a mask that is an argument of its own."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, pair: tuple[Tensor, Tensor], mask: Tensor) -> tuple[Tensor, Tensor]:
+            left, right = pair
+            return left + self.a(right).tanh() * mask, right + self.b(left).tanh()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([self.Block() for _ in range(4)])
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        pair = (x, x.flip(1))
+        for block in self.blocks:
+            pair = block(pair, mask)
+        return pair[0] + pair[1]
+
+
+@pytest.mark.parametrize("read", [None, 1])
+def test_blocks_that_return_pairs_for_a_batch_of_two_tensors(read: int | None) -> None:
+    view = {"x": torch.rand(4, 5, 6), "mask": torch.ones(4, 5, 1)}
+    other = {"x": torch.rand(4, 5, 6), "mask": torch.ones(4, 5, 1)}
+    net = Streams()
+    names = tuple(f"blocks.{k}" for k in range(4))
+    assert stages_of(net, 4, view) == names
+    plan = plan_stages(net, view, 4, features=read)
+    assert plan.stages == names
+    outlets = [piece.outlet for stage in plan.pieces for piece in stage]
+    assert outlets == [2 * 4 * 5 * 6 * 8] * 4
+    model = LocalWrapper(net, plan.stages, example=view, features=read)
+    assert_local_gradients(model, view, other)
+    report = memory_report(model, view, other)
+    assert max(report.predicted) == pytest.approx(max(report.counted), rel=0.1)
+
+
+def test_a_graph_with_its_edges_is_counted_as_it_is() -> None:
+    class Convolve(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(5, 8), nn.Linear(8, 8), nn.Linear(8, 8)])
+
+        def forward(self, nodes: Tensor, edges: Tensor) -> Tensor:
+            for layer in self.layers:
+                nodes = layer(nodes.index_add(0, edges[1], nodes[edges[0]])).relu()
+            return nodes
+
+    graph = (torch.rand(6, 5), torch.randint(6, (2, 9)))
+    assert plan_stages(Convolve(), graph, 3).stages == ("layers.0", "layers.1", "layers.2")
+    assert stages_of(Convolve(), 3, graph) == ("layers.0", "layers.1", "layers.2")

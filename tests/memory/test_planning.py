@@ -150,7 +150,7 @@ def test_too_few_places_are_named() -> None:
 
 
 def test_a_decoder_that_fits_nowhere_is_refused() -> None:
-    with pytest.raises(ValueError, match="fits no outlet"):
+    with pytest.raises(ValueError, match="fits too few outlets"):
         plan_stages(chain([4, 4, 4]), torch.zeros(2, 3, 8, 8), 2, decoder=TokenDecoder)
 
 
