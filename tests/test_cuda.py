@@ -134,6 +134,7 @@ def assert_close_together(ours: dict[str, Tensor], expected: dict[str, Tensor], 
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo looks
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method")  # an import of torch's own
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_compiled_blocks(entry: str) -> None:
     torch._dynamo.reset()
@@ -172,6 +173,7 @@ def test_losses_and_their_gradients_are_those_of_the_cpu(name: str, dtype: torch
     torch.testing.assert_close(found[1], found[0], rtol=close, atol=close)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("checkpoint", [False, True])
 @pytest.mark.parametrize("entry", ENTRIES)
 @pytest.mark.parametrize("name", ["resnet18", "vit"])
@@ -180,8 +182,8 @@ def test_a_step_waits_for_the_device_nowhere(name: str, entry: str, checkpoint: 
     step(model, views, entry)  # what is learnt in the first step may wait
     scale = torch.ones((), device="cuda") if entry == "local_step" else None
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")  # warns once it is set
         step(model, views, entry, grad_scale=scale)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -20,11 +20,13 @@ from locallearn.memory import Cost, measure
 
 def counted(setting: Setting, row: str, image_size: int, batch_size: int, recompute: bool = False) -> Cost:
     """What a step costs, counted on fake tensors: weights, their gradients and the images do not count."""
-    made, fake = setting.backbone(image_size), FakeTensorMode()
+    made, fake = (
+        wrapped(setting, row, setting.backbone(image_size), image_size, 10, recompute=recompute),
+        FakeTensorMode(),
+    )
     with FakeCopyMode(fake):
-        backbone = deepcopy(made)
+        model = deepcopy(made)
     with fake:
-        model = wrapped(setting, row, backbone, image_size, 10, recompute=recompute)
         for weight in model.parameters():
             weight.grad = torch.zeros_like(weight)
         supervised = setting.task == "supervised"

@@ -12,14 +12,16 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import t
 
-from curves.presets import BOTH, DEEP, PRESETS, START, UPPER
+from curves.presets import BOTH, DEEP, FIRST, PRESETS, SOFT, START, UPPER
 
 GREEDY = "0"
 NAMES = {
     START: "random start",
     BOTH: "0 and 1 together",
-    UPPER: "1, upper loss only",
-    DEEP: "all losses reach down",
+    UPPER: "1, upper only",
+    DEEP: "all reach down",
+    SOFT: "1, soft (1e-3)",
+    FIRST: "1, first blocks",
 }
 
 
