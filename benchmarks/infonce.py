@@ -6,8 +6,11 @@
 
 Times are of forward and backward together, the best of interleaved repetitions; memory is the peak of live bytes beyond
 the inputs, counted at the allocator, and what is kept between forward and backward. A loss whose memory, extrapolated
-from the smaller sizes, would not fit is not run, and its row says so. On a CUDA device, eager and compiled, N goes up
-to 65536.
+from the smaller sizes, would not fit is not run, and its row says so.
+
+On a GPU, with what is installed there (`--quick` takes a minute; without, more sizes, torch.compile and CUDA graphs):
+
+    python benchmarks/infonce.py --device cuda --quick --budget 60 --json infonce.jsonl --write infonce-cuda.md
 """
 
 import argparse
@@ -22,8 +25,10 @@ import time
 import venv
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
+import infonce_cuda
 import torch
 from hardware import processor, versions
 from torch import Tensor
@@ -56,6 +61,12 @@ def ours(**options: object) -> Callable[[], Loss]:
     from locallearn import InfoNCE
 
     return lambda: InfoNCE(TEMPERATURE, **options)
+
+
+def ours_with_top1(**options: object) -> Callable[[], Loss]:
+    from locallearn import InfoNCE
+
+    return lambda: lambda *views: InfoNCE(TEMPERATURE, **options)(*views, return_top1=True)[0]
 
 
 def ours_with_labels() -> Loss:
@@ -144,7 +155,7 @@ def rows() -> list[Row]:
         Row("locallearn", "SupCon, labels", ours_with_labels),
         Row("pytorch-metric-learning SupConLoss", "SupCon, labels", metric_learning_with_labels),
     ]
-    if hasattr(F, "linear_cross_entropy"):
+    if hasattr(F, "linear_cross_entropy") and hasattr(torch.nn, "LinearCrossEntropyOptions"):
         every.insert(8, Row("torch linear_cross_entropy", "one-way", linear_cross_entropy, peer=False))
     return every
 
@@ -386,26 +397,32 @@ def report(arguments: argparse.Namespace) -> Iterator[str]:
     yield from ["promised: at most 3e-6 at temperature 0.1, 3e-5 at 0.02.", ""]
     yield from accuracy([row for row in rows() if row.form == "NT-Xent" and row.growth == 2])
     yield from ["", "## Import", "", f"{import_milliseconds():.1f} ms beyond `import torch` (promised: 50).", ""]
-    yield from on_cuda(arguments)
 
 
-def on_cuda(arguments: argparse.Namespace) -> Iterator[str]:
-    """Write the same table for a GPU, with torch.compile."""
-    yield "## CUDA"
-    yield ""
-    if not torch.cuda.is_available():
-        yield "Not measured: no GPU at hand."
-        return
-    every = rows()
-    for row in [row for row in every if row.name in ("locallearn", "plain torch")]:
-        compiled = Row(f"{row.name}, compiled", row.form, lambda make=row.make: torch.compile(make()))
-        every.insert(every.index(row) + 1, compiled)
-    sizes = [512, 2048, 4096, 16384, 65536]
-    limit = 0.8 * torch.cuda.mem_get_info()[0] / 1e6
-    measure(every, sizes, arguments.repeats, arguments.patience, limit, "cuda")
-    yield torch.cuda.get_device_name()
-    yield ""
-    yield from table(every, sizes)
+def on_device(arguments: argparse.Namespace) -> None:
+    """Measure the rows that a GPU is for, as JSON, and write their page."""
+    device = arguments.device
+    every = [(row.form, row.name, row.make) for row in rows() if row.form in infonce_cuda.PAIRS and row.growth == 2]
+    every = [(form, name, make) for form, name, make in every if not name.startswith(("solo", "plain", "pytorch-"))]
+    for number, form in enumerate(infonce_cuda.PAIRS):
+        plainly = partial(infonce_cuda.plain, form, TEMPERATURE)
+        settings = {} if form == "NT-Xent" else {"form": form}
+        every += [(form, "plain torch", plainly)]
+        every += [(form, "locallearn, with top-1", ours_with_top1(**settings))]
+        mine = ours(**settings)
+        if not arguments.quick:
+            every += [(form, "locallearn, compiled", lambda make=mine: torch.compile(make()))]
+            every += [(form, "plain torch, compiled", lambda make=plainly: torch.compile(make()))]
+        if device == "cuda" and (number == 0 or not arguments.quick):
+            every += [(form, "locallearn, CUDA graph", lambda make=mine: infonce_cuda.graphed(make()))]
+    every.sort(key=lambda row: list(infonce_cuda.PAIRS).index(row[0]))
+    memory_limit = 0.8 * torch.cuda.mem_get_info()[0] / 1e6 if device == "cuda" else 1e3 * arguments.memory
+    cases = infonce_cuda.cases(device, arguments.quick)
+    setting = infonce_cuda.Setting(device, cases, arguments.budget, memory_limit)
+    head, *found = infonce_cuda.write(infonce_cuda.records(every, memory, setting), arguments.json)
+    if arguments.write:
+        arguments.write.parent.mkdir(parents=True, exist_ok=True)
+        arguments.write.write_text("\n".join(infonce_cuda.page(head, found)) + "\n")
 
 
 def in_throw_away_environment() -> int:
@@ -434,7 +451,20 @@ def main() -> None:
     parser.add_argument("--memory", type=float, default=10, help="GB that one loss may use")
     parser.add_argument("--write", type=Path, help="file for the report")
     parser.add_argument("--installed", action="store_true", help="the other libraries are here already")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), help="the GPU's rows instead; cpu tries them at a tiny size"
+    )
+    parser.add_argument("--quick", action="store_true", help="with --device: fewer sizes, nothing compiled")
+    parser.add_argument(
+        "--budget", type=float, default=math.inf, help="with --device: seconds after which no row begins"
+    )
+    parser.add_argument(
+        "--json", type=Path, help="with --device: file for the rows, one line of JSON each, as they come"
+    )
     arguments = parser.parse_args()
+    if arguments.device:
+        on_device(arguments)
+        return
     if not arguments.installed:
         sys.exit(in_throw_away_environment())
     text = "\n".join(report(arguments)) + "\n"
