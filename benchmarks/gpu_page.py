@@ -44,9 +44,8 @@ def _lines(results: dict[str, Any]) -> Iterator[str]:
         yield from _step(found, rates)
     if "overhead" in results:
         yield from _overhead(results["overhead"])
-    rows = results.get("infonce", {}).get("rows")
-    if rows:
-        yield from _infonce(rows)
+    if "infonce" in results:
+        yield from (f"#{line}" if line.startswith("#") else line for line in results["infonce"]["page"])
 
 
 def _memory(found: list[dict[str, Any]]) -> Iterator[str]:
@@ -113,11 +112,5 @@ def _overhead(found: dict[str, Any]) -> Iterator[str]:
     yield "## Overhead"
     yield ""
     yield f"A stage of one weight, 64 of them, `overlap=1`: {found['microseconds']:.0f} microseconds in `local_step`,"
-    yield f"{found['by_hand']:.0f} for the same calls of autograd by hand, {found['ratio']:.2f}x. As a CUDA graph neither is paid."
+    yield f"{found['by_hand']:.0f} for the same calls of autograd by hand, {found['ratio']:.2f}x. In a CUDA graph neither counts."
     yield ""
-
-
-def _infonce(rows: Any) -> Iterator[str]:
-    yield "## InfoNCE"
-    yield ""
-    yield from rows if isinstance(rows, list) and all(isinstance(row, str) for row in rows) else [json.dumps(rows)]

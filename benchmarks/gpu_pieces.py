@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from overhead import per_stage
 from steps import ROWS, Setting, Step, Steps, cuda_peak, interleaved, synchronize
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import models
 
@@ -180,30 +180,33 @@ def captured(run: Step) -> Step:
     return graph.replay
 
 
-def infonce(device: str, budget: float) -> Found:
-    """infonce.py's rows for the device."""
+def infonce(device: str, budget: float | None) -> Found:
+    """infonce.py's rows for the device: the short form where time is limited."""
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "infonce.json"
+        lines, written = Path(folder) / "infonce.jsonl", Path(folder) / "infonce.md"
         command = [
             sys.executable,
             "benchmarks/infonce.py",
             "--device",
             device,
             "--json",
-            str(out),
-            "--budget",
-            f"{budget:.0f}",
+            str(lines),
+            "--write",
+            str(written),
         ]
-        command += [] if device == "cuda" else ["--quick"]
+        command += ["--quick", "--budget", f"{min(budget, 75):.0f}"] if budget is not None else []
         ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        rows = json.loads(out.read_text()) if out.exists() else None
-    return {"rows": rows, "output": (ended.stdout + ended.stderr).splitlines()[-40:], "holds": ended.returncode == 0}
+        found = {
+            "records": [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else [],
+            "page": written.read_text().splitlines() if written.exists() else [],
+        }
+    return {**found, "output": ended.stderr.splitlines()[-40:], "holds": ended.returncode == 0 and bool(found["page"])}
 
 
 # -------------------------------------------------------------------------------------------------------- does it learn
 
 
-def training(*options: str, out: Path, jobs: int, device: str, budget: float) -> Found:
+def training(*options: str, out: Path, jobs: int, device: str, budget: float | None) -> Found:
     """overlap_curve.py for as long as there is time; what is unfinished goes on in a later call."""
     command = [sys.executable, "examples/overlap_curve.py", *options, "--out", str(out), "--jobs", str(jobs)]
     with shared_card(device) as environment, (out.parent / f"{out.name}.log").open("ab") as log:
@@ -274,9 +277,10 @@ def pieces(args: argparse.Namespace) -> Iterator[Piece]:
             break
     yield Piece("infonce", 60, infonce, limited=True)
     train = partial(Piece, seconds=60, limited=True)
+    noted = ("--commit", args.commit) if args.commit else ()
     common: dict[str, Any] = {"out": args.out / "curves", "jobs": args.jobs}
     if args.data is not None:
-        data = ("--data", args.data, "--data-dir", str(args.data_dir))
+        data = ("--data", args.data, "--data-dir", str(args.data_dir), *noted)
         few = ("--images", "256", "--held-out", "64", "--epochs", "1", "--seeds", "0") if tiny else ()
         less = ("--curves", "contrastive-6-short", "--rows", "0") if tiny else ()
         yield train("curves-short", run=partial(training, "--preset", "gpu-short", *data, *few, *less, **common))
@@ -284,5 +288,5 @@ def pieces(args: argparse.Namespace) -> Iterator[Piece]:
             whole = ("--preset", "gpu", "--curves", "simclr-8", "--rows", "0", "1", "7", "--seeds", "0")
             yield train("curves-resnet18", run=partial(training, *whole, *data, **common))
     if args.imagenette is not None:
-        data = ("--data", "imagenette", "--data-dir", str(args.imagenette))
+        data = ("--data", "imagenette", "--data-dir", str(args.imagenette), *noted)
         yield train("curves-imagenette", run=partial(training, "--preset", "imagenette", *data, **common))

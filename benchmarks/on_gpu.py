@@ -58,6 +58,7 @@ def parser() -> argparse.ArgumentParser:
     add("--data", help="CIFAR-10 for the trainings: a path to an .npz, or cifar10; without it they are left out")
     add("--data-dir", type=Path, default=Path("data"), help="where torchvision's files are (%(default)s)")
     add("--imagenette", type=Path, help="the folder that holds imagenette2-160, likewise")
+    add("--commit", help="to be noted in the trainings' results, where this script lies outside of its repository")
     add("--jobs", type=int, default=14, help="trainings at a time (%(default)s)")
     add(
         "--page",
@@ -84,8 +85,9 @@ def main() -> int:
             continue
         path = args.out / f"{piece.name}.json"
         left = args.budget - (time.monotonic() - began)
-        if args.resume and path.exists():
-            found = json.loads(path.read_text())
+        known = json.loads(path.read_text()) if args.resume and path.exists() else {"error": "unknown"}
+        if "error" not in known:
+            found = known
             print(f"{piece.name}: {told(found)}, known")
         elif piece.seconds > left:
             print(f"{piece.name}: left for a later call with --resume")

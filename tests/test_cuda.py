@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from curves.graphed import GraphedStep
 from oracle import assert_same, gradients, oracle
 from test_devices import LOSSES
 from torch import Tensor, nn
@@ -187,6 +188,18 @@ def test_a_step_waits_for_the_device_nowhere(name: str, entry: str, checkpoint: 
         step(model, views, entry, grad_scale=scale)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", ["resnet18", "convnext"])
+def test_a_step_replayed_as_a_cuda_graph_gives_the_same_gradients(name: str) -> None:
+    model, views = wrapped(name)
+    graphed = GraphedStep(model)
+    for k in range(GraphedStep.EAGER + 3):
+        seen = tuple(view.roll(k, dims=-1) for view in views)
+        losses, expected = oracle(model, *seen)
+        model.zero_grad()
+        torch.testing.assert_close(graphed(seen, None), losses)
+        assert_same(gradients(model), expected, tolerance=1e-8)
 
 
 def test_gradients_on_the_device_of_each_stage() -> None:

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from locallearn import LocalWrapper
 
-EAGER = 3  # steps before the capture: libraries choose their kernels, and allocate what they keep, in the first ones
-
 
 class GraphedStep:
     """`model.local_step`, captured in its fourth call and from then on replayed; on a CPU just that, call by call.
@@ -18,6 +16,10 @@ class GraphedStep:
     All batches have the shapes of the first one, and whoever takes the gradients up clears them (`set_to_none`) before the
     next call: a replay writes them, and adds to nothing.
     """
+
+    EAGER = (
+        3  # steps before the capture: libraries choose their kernels, and allocate what they keep, in the first ones
+    )
 
     def __init__(self, model: LocalWrapper) -> None:
         self._model = model
@@ -30,7 +32,7 @@ class GraphedStep:
         if self._stream is None:
             return self._model.local_step(*views, targets=labels)
         self._calls += 1
-        if self._calls <= EAGER:
+        if self._calls <= self.EAGER:
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):  # a capture is on another stream than the default one, too
                 losses = self._model.local_step(*views, targets=labels)
