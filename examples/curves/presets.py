@@ -109,6 +109,18 @@ DEEPER = replace(BLOCKS, arch="resnet32", stages=16)  # the stem a stage too
 VIEWS = Setting("contrastive", "presnet_small", stages=6)
 SEEDS = (0, 1, 2)
 
+
+def _tables(setting: Setting, seeds: tuple[int, ...], end: str = "") -> Iterator[Curve]:
+    """What of the paper's Tables 4 and 5 is no row of the curve of `setting`; `end`: of the names.
+
+    "-3": three blocks a stage, without which there is no first block to share.
+    """
+    for decoder, rows in (("conv-no-downsampling", "0"), ("mlp4", "05"), ("conv+mlp4", "1")):
+        yield Curve(f"contrastive-6-{decoder}{end}", replace(setting, decoder=decoder), tuple(rows), seeds)
+    sharing = replace(setting, arch="presnet_small-3", decoder="conv+mlp4")
+    yield Curve(f"contrastive-6-sharing{end}", sharing, ("0", "1", UPPER, SOFT, FIRST), seeds)
+
+
 CPU = (
     Curve("pilot-supervised-9", BLOCKS, _overlaps(0, 1, 8), (PILOT,)),
     Curve("pilot-supervised-9-conv", replace(BLOCKS, decoder="conv"), _overlaps(0, 1, 8), (PILOT,)),
@@ -118,6 +130,7 @@ CPU = (
     Curve("supervised-4", THIRDS, (*_overlaps(0, 3, 1, 2), BOTH), SEEDS),
     Curve("contrastive-6", VIEWS, _overlaps(0, 5, 1, 2, start=True), SEEDS),
     Curve("contrastive-6-conv", replace(VIEWS, decoder="conv"), _overlaps(0, 5, 1, 2), SEEDS),
+    *_tables(VIEWS, SEEDS[:2]),
     Curve("supervised-9", BLOCKS, (UPPER, DEEP), SEEDS),
     Curve("supervised-9-1c2f", replace(BLOCKS, decoder="1c2f"), (*_overlaps(0, 8, 1), BOTH), SEEDS),
     Curve("contrastive-6-grid", replace(VIEWS, decoder="grid"), _overlaps(0, 5, 1), SEEDS),
@@ -157,29 +170,16 @@ GPU = (
     Curve("supervised-16", FULL, (*_overlaps(0, 15, 1, 2, 4, 8, start=True), BOTH), (0, 1, 2, 3, 4)),
     Curve("simclr-8", SIMCLR, (*_overlaps(0, 7, 1, 2, 4, start=True), BOTH), (0, 1, 2, 3, 4)),
 )
-# Half of CIFAR-10 and ten epochs, a thousand steps a run; curve by curve in an order of value, and a seed of the tables
-# before the next, so that it can end anywhere. "-3": three blocks a stage, without which there is no first block to share.
+# Half of CIFAR-10 and ten epochs, a thousand steps a run; in an order of value, so that it can end anywhere
 VIEWS_SHORT = replace(VIEWS, images=25_600, epochs=10)
 BLOCKS_SHORT = replace(BLOCKS, images=25_600, epochs=10)
-TABLE_5 = replace(VIEWS_SHORT, arch="presnet_small-3", decoder="conv+mlp4")
-
-
-def _tables(seed: int) -> Iterator[Curve]:
-    """What of the paper's Tables 4 and 5 is not a row of the other curves."""
-    yield Curve("contrastive-6-sharing-short", TABLE_5, ("0", "1", UPPER, SOFT, FIRST), (seed,))
-    for decoder, rows in (("conv-no-downsampling", "0"), ("mlp4", "05"), ("conv+mlp4", "1")):
-        yield Curve(f"contrastive-6-{decoder}-short", replace(VIEWS_SHORT, decoder=decoder), tuple(rows), (seed,))
-
-
 GPU_SHORT = (
     Curve("supervised-9-short", BLOCKS_SHORT, (*_overlaps(0, 8, 1, 2, 4, start=True), BOTH), SEEDS),
     Curve("contrastive-6-short", VIEWS_SHORT, _overlaps(0, 5, 1, 2, start=True), SEEDS),
     Curve("contrastive-6-conv-short", replace(VIEWS_SHORT, decoder="conv"), _overlaps(0, 5, 1, 2), SEEDS),
-    *_tables(0),
-    *_tables(1),
+    *_tables(VIEWS_SHORT, SEEDS[:2], "-short"),
     Curve("supervised-4-short", replace(BLOCKS_SHORT, stages=4), (*_overlaps(0, 3, 1, 2), BOTH), SEEDS),
     Curve("supervised-9-conv-short", replace(BLOCKS_SHORT, decoder="conv"), _overlaps(0, 8, 1, 2, 4), SEEDS),
-    *_tables(2),
 )
 IMAGENETTE = (
     Curve(
