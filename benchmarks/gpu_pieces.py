@@ -133,7 +133,7 @@ def step(arch: str, dtype: str, batch: int, size: int, device: str) -> Found:
     """Steps of each row in turn, launched by Python and replayed as a CUDA graph; FLOPs, and memory."""
     torch.manual_seed(0)
     rows = ["end-to-end", "blocks", "gim", "gim-checkpoint", "naive", "paper", "loco", "loco-checkpoint", "overlap-2"]
-    rows = rows if device == "cuda" else ["end-to-end", "gim", "loco"]
+    rows, repeats = (rows, 10) if device == "cuda" else (["end-to-end", "gim", "loco"], 1)
     setting = Setting(arch, batch, size, getattr(torch, dtype))
     steps = Steps(setting, setting.network.make(size).to(device), setting.images(device))
     chosen = {key: steps.step(ROWS[key]) for key in rows}
@@ -151,7 +151,7 @@ def step(arch: str, dtype: str, batch: int, size: int, device: str) -> Found:
         except RuntimeError as problem:
             refused[key] = str(problem).splitlines()[0]
             synchronize()
-    times = {key: median(seconds) for key, seconds in interleaved(chosen | graphs, 10, iter).items()}
+    times = {key: median(seconds) for key, seconds in interleaved(chosen | graphs, repeats, iter).items()}
     ratios = {key: times[key] / times["end-to-end"] for key in times}
     return {
         "arch": arch,
@@ -270,11 +270,10 @@ def pieces(args: argparse.Namespace) -> Iterator[Piece]:
             yield Piece(name, 10, partial(memory, arch, batch, size, overlap, checkpoint))
     yield Piece("rates", 5, rates)
     yield Piece("overhead", 5, overhead)
-    for arch, dtype in (("resnet50", "float32"), ("resnet50", "bfloat16"), ("vit_s", "bfloat16"), ("vit_s", "float32")):
-        batch, size = (2, 96) if tiny else (64, 224)
+    every = [("resnet50", "float32"), ("resnet50", "bfloat16"), ("vit_s", "bfloat16"), ("vit_s", "float32")]
+    for arch, dtype in [("shufflenet_v2_50", "float32")] if tiny else every:
+        batch, size = (2, 65) if tiny else (64, 224)
         yield Piece(f"step-{arch}-{dtype}", 15, partial(step, arch, dtype, batch, size))
-        if tiny:
-            break
     yield Piece("infonce", 60, infonce, limited=True)
     train = partial(Piece, seconds=60, limited=True)
     noted = ("--commit", args.commit) if args.commit else ()

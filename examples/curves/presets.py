@@ -189,4 +189,5 @@ IMAGENETTE = (
         SEEDS[:2],
     ),
 )
-PRESETS = {"cpu": CPU, "gpu-short": GPU_SHORT, "gpu": GPU, "imagenette": IMAGENETTE}
+# tables and pictures show them in this order
+PRESETS = {"gpu": GPU, "gpu-short": GPU_SHORT, "imagenette": IMAGENETTE, "cpu": CPU}
