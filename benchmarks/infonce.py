@@ -15,6 +15,7 @@ On a GPU, with what is installed there (`--quick` takes a minute; without, more 
 
 import argparse
 import importlib
+import itertools
 import math
 import os
 import subprocess
@@ -363,6 +364,60 @@ def accuracy(every: list[Row]) -> Iterator[str]:
         yield "| " + " | ".join([str(temperature), pairs, "bf16" if autocast else "", *cells]) + " |"
 
 
+def precisions() -> Iterator[str]:
+    """Write relative errors of the gradient of half-precision inputs, N = 256, D = 128, against float64 of the same."""
+    yield "| input | temperature | pairs | precision='single' | precision='input' | plain torch | rounding of the result |"
+    yield "|" + "---|" * 7
+    for dtype, temperature, noise in itertools.product(
+        (torch.bfloat16, torch.float16), (0.1, 0.02), {"random": 100, "related": 1, "aligned": 0.1}.items()
+    ):
+        z0, z1 = (z.detach() for z in embeddings(256, "cpu"))
+        views = [z.to(dtype).requires_grad_() for z in (z0, z0 + noise[1] * z1)]
+        doubles = [view.detach().double().requires_grad_() for view in views]
+        exact = torch.cat(torch.autograd.grad(reference(*doubles, temperature), doubles))
+        from locallearn import info_nce
+
+        losses = [
+            *(partial(info_nce, temperature=temperature, precision=p) for p in ("single", "input")),
+            infonce_cuda.plain("NT-Xent", temperature),
+        ]
+        found = [torch.cat(torch.autograd.grad(loss(*views), views)).double() for loss in losses]
+        errors = [float((g - exact).norm() / exact.norm()) for g in (*found, exact.to(dtype).double())]
+        name = str(dtype).removeprefix("torch.")
+        yield f"| {name} | {temperature} | {noise[0]} | " + " | ".join(f"{error:.1e}" for error in errors) + " |"
+
+
+def equalities() -> Iterator[str]:
+    """Write relative differences of value and gradient from the other libraries' losses, in float64, N = 48."""
+    yield "| form | loss | value | gradient |"
+    yield "|---|---|---|---|"
+    views = [z.detach().double().requires_grad_() for z in embeddings(48, "cpu")]
+    every = rows()
+    for row in every:
+        if row.name == "locallearn":
+            continue
+        mine = next(other for other in every if other.form == row.form).make()(*views)
+        theirs = row.make()(*views)
+        wanted, found = (torch.cat(torch.autograd.grad(loss, views)) for loss in (mine, theirs))
+        value, gradient = float((theirs - mine).abs() / mine), float((found - wanted).norm() / wanted.norm())
+        yield f"| {row.form} | {row.name} | {value:.0e} | {gradient:.0e} |"
+
+
+def top1_cost(sizes: list[int], repeats: int) -> Iterator[str]:
+    """Write how much longer a step takes that also tells top-1, ratios of the best of interleaved repetitions."""
+    yield "| form | " + " | ".join(f"N = {n}" for n in sizes) + " |"
+    yield "|" + "---|" * (len(sizes) + 1)
+    for form in infonce_cuda.PAIRS:
+        settings = {} if form == "NT-Xent" else {"form": form}
+        losses, cells = (ours(**settings)(), ours_with_top1(**settings)()), []
+        for n in sizes:
+            views, best = embeddings(n, "cpu"), [math.inf, math.inf]
+            for _ in range(repeats * max(1, 2048 // n)):
+                best = [min(so_far, step(loss, views)) for so_far, loss in zip(best, losses, strict=True)]
+            cells.append(f"{best[1] / best[0]:.2f}x")
+        yield f"| {form} | " + " | ".join(cells) + " |"
+
+
 def import_milliseconds() -> float:
     """Return what `from locallearn import InfoNCE` costs beyond `import torch`, the best of five processes."""
     code = "import time, torch; t = time.perf_counter(); from locallearn import InfoNCE; print(time.perf_counter() - t)"
@@ -396,6 +451,22 @@ def report(arguments: argparse.Namespace) -> Iterator[str]:
     yield from ["", "## Accuracy", "", "Relative error of the gradient, against float64 without cancellation;"]
     yield from ["promised: at most 3e-6 at temperature 0.1, 3e-5 at 0.02.", ""]
     yield from accuracy([row for row in rows() if row.form == "NT-Xent" and row.growth == 2])
+    yield from [
+        "",
+        "Half precision in: relative error of the gradient, against float64 of the same rounded inputs.",
+        "",
+    ]
+    yield from precisions()
+    yield from ["", "## Equalities", "", "Relative differences between ours and theirs in float64:", ""]
+    yield from equalities()
+    yield from [
+        "",
+        "## Top-1",
+        "",
+        f"A step that also tells top-1, of one that does not; {torch.get_num_threads()} thread(s):",
+        "",
+    ]
+    yield from top1_cost([n for n in arguments.sizes if n <= 4096], arguments.repeats)
     yield from ["", "## Import", "", f"{import_milliseconds():.1f} ms beyond `import torch` (promised: 50).", ""]
 
 
@@ -409,6 +480,7 @@ def on_device(arguments: argparse.Namespace) -> None:
         settings = {} if form == "NT-Xent" else {"form": form}
         every += [(form, "plain torch", plainly)]
         every += [(form, "locallearn, with top-1", ours_with_top1(**settings))]
+        every += [(form, "locallearn, precision=input", ours(**settings, precision="input"))]
         mine = ours(**settings)
         if not arguments.quick:
             every += [(form, "locallearn, compiled", lambda make=mine: torch.compile(make()))]
