@@ -14,10 +14,12 @@ from locallearn.distributed import in_use
 
 
 class Accumulator(Protocol):
-    """Runs a backward from a scalar into ``weights``."""
+    """Runs a backward from ``roots`` into ``weights``; ``gradients`` are those at the roots, ``None`` at a scalar."""
 
-    def push(self, root: Tensor, weights: Sequence[Tensor], inlets: Sequence[Tensor]) -> Flow:
-        """Adds the gradients of ``root`` to those of ``weights``, and returns those at ``inlets`` in a list.
+    def push(
+        self, roots: Sequence[Tensor], gradients: Flow | None, weights: Sequence[Tensor], inlets: Sequence[Tensor]
+    ) -> Flow:
+        """Adds to the gradients of ``weights``, and returns those at ``inlets`` in a list.
 
         The list is their only holder, and is empty where there are no such gradients.
         """
@@ -26,13 +28,15 @@ class Accumulator(Protocol):
 class Accumulate:
     """Adds to ``.grad``, with all hooks, exactly as ``loss.backward()`` would."""
 
-    def push(self, root: Tensor, weights: Sequence[Tensor], inlets: Sequence[Tensor]) -> Flow:
+    def push(
+        self, roots: Sequence[Tensor], gradients: Flow | None, weights: Sequence[Tensor], inlets: Sequence[Tensor]
+    ) -> Flow:
         if inputs := [*weights, *inlets]:
-            torch.autograd.backward(root, inputs=inputs)
-        gradients = flow([inlet.grad for inlet in inlets])
+            torch.autograd.backward(roots, gradients, inputs=inputs)
+        at_inlets = flow([inlet.grad for inlet in inlets])
         for inlet in inlets:
             inlet.grad = None
-        return gradients
+        return at_inlets
 
 
 class Collect:
@@ -41,14 +45,16 @@ class Collect:
     def __init__(self) -> None:
         self._gradients: dict[Tensor, Tensor] = {}
 
-    def push(self, root: Tensor, weights: Sequence[Tensor], inlets: Sequence[Tensor]) -> Flow:
+    def push(
+        self, roots: Sequence[Tensor], gradients: Flow | None, weights: Sequence[Tensor], inlets: Sequence[Tensor]
+    ) -> Flow:
         if not (inputs := [*weights, *inlets]):
             return []
         off = _hooks_off(weights)
         with off, off:
-            gradients = list(torch.autograd.grad(root, inputs, allow_unused=True))
-        at_inlets = flow(gradients[len(weights) :])
-        for weight, gradient in zip(weights, gradients, strict=False):
+            found = list(torch.autograd.grad(roots, inputs, gradients, allow_unused=True))
+        at_inlets = flow(found[len(weights) :])
+        for weight, gradient in zip(weights, found, strict=False):
             if gradient is not None:
                 known = self._gradients.get(weight)
                 self._gradients[weight] = gradient if known is None else known + gradient
