@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,11 +13,14 @@ from locallearn._walk.undo import Reverted
 from locallearn.distributed import in_use
 
 
+Roots: TypeAlias = Tensor | Sequence[Tensor]
+
+
 class Accumulator(Protocol):
-    """Runs a backward from ``roots`` into ``weights``; ``gradients`` are those at the roots, ``None`` at a scalar."""
+    """Runs a backward from ``roots``, a scalar or tensors at which the gradients are ``gradients``, into ``weights``."""
 
     def push(
-        self, roots: Sequence[Tensor], gradients: Flow | None, weights: Sequence[Tensor], inlets: Sequence[Tensor]
+        self, roots: Roots, weights: Sequence[Tensor], inlets: Sequence[Tensor], gradients: Flow | None = None
     ) -> Flow:
         """Adds to the gradients of ``weights``, and returns those at ``inlets`` in a list.
 
@@ -29,7 +32,7 @@ class Accumulate:
     """Adds to ``.grad``, with all hooks, exactly as ``loss.backward()`` would."""
 
     def push(
-        self, roots: Sequence[Tensor], gradients: Flow | None, weights: Sequence[Tensor], inlets: Sequence[Tensor]
+        self, roots: Roots, weights: Sequence[Tensor], inlets: Sequence[Tensor], gradients: Flow | None = None
     ) -> Flow:
         if inputs := [*weights, *inlets]:
             torch.autograd.backward(roots, gradients, inputs=inputs)
@@ -46,7 +49,7 @@ class Collect:
         self._gradients: dict[Tensor, Tensor] = {}
 
     def push(
-        self, roots: Sequence[Tensor], gradients: Flow | None, weights: Sequence[Tensor], inlets: Sequence[Tensor]
+        self, roots: Roots, weights: Sequence[Tensor], inlets: Sequence[Tensor], gradients: Flow | None = None
     ) -> Flow:
         if not (inputs := [*weights, *inlets]):
             return []

@@ -138,7 +138,7 @@ class LocalPass:
         crossed = any(self._walks_below(unit, stage + 1) for unit in self._spanning[stage])
         # hooks on the backward of a stage's first module see a gradient of its input, whether it is walked on or not
         asked = crossed or (self._watched and stage + 1 in self._last_uses)
-        self._inlets, handed_on = cut(outlet, differentiable=asked, onward=True)
+        self._inlets, handed_on = cut(outlet, differentiable=asked)
         return handed_on
 
     def _check_overlapping(self, stage: int) -> None:
@@ -169,7 +169,8 @@ class LocalPass:
                 "the next stage begins with an in-place operation. Build it with inplace=False, or train the unit as soon "
                 "as the stage has run (schedule=sequential)"
             )
-        inlets, outlet = cut(segment.outlet, differentiable=self._walks_below(unit, unit.last + 1))
+        asked = self._walks_below(unit, unit.last + 1)
+        inlets, outlet = cut(segment.outlet, differentiable=asked, onward=False)
         try:
             loss = self._evaluate(k, outlet)
         except RuntimeError as error:
@@ -192,7 +193,7 @@ class LocalPass:
             return []
         weights = leaves(loss, beyond=inlets)
         self._isolation.claim_unit(weights)
-        return self._accumulator.push([loss if self._scale is None else loss * self._scale], None, weights, inlets)
+        return self._accumulator.push(loss if self._scale is None else loss * self._scale, weights, inlets)
 
     def _walk(self, k: int, flow: Flow) -> None:
         """Takes a unit's gradient from the outlet of its last stage down to its lowest one; ``flow`` is its only holder.
@@ -225,7 +226,9 @@ class LocalPass:
             return []
         roots, gradients = segment.start(box)
         segment.let_go()
-        flow = self._accumulator.push(roots, gradients, segment.weights, segment.inlets if below or self._watched else ())
+        flow = self._accumulator.push(
+            roots, segment.weights, segment.inlets if below or self._watched else (), gradients
+        )
         return flow if below else []
 
 

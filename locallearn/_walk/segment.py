@@ -50,7 +50,7 @@ class _Seed(torch.autograd.Function):
         return gradients
 
 
-def cut(outlet: Any, *, differentiable: bool, onward: bool = False) -> tuple[list[Tensor], Any]:
+def cut(outlet: Any, *, differentiable: bool, onward: bool = True) -> tuple[list[Tensor], Any]:
     """Cuts the graph after ``outlet``: of a tensor this is just ``outlet.detach()``, or a copy that a graph may keep.
 
     Of several tensors, each that has a graph is cut; the rest stays what it is, and so does which of them are identical.
