@@ -12,7 +12,6 @@ from locallearn._walk.segment import Flow, flow
 from locallearn._walk.undo import Reverted
 from locallearn.distributed import in_use
 
-
 Roots: TypeAlias = Tensor | Sequence[Tensor]
 
 
