@@ -139,6 +139,11 @@ class LocalWrapper(nn.Module):
         outlets = probe(model, self.stages, copied, self.features)
         self._changes_views = any(tensor._version > 0 for tensor in tensors(copied))
         self._runs = runs(model, self.stages, checkpoint, batch)
+        if checkpoint is True and not self._runs and any(outlet.whole is not None for outlet in outlets):
+            raise ValueError(
+                f"checkpoint=True chooses no submodule of {type(model).__name__}: it takes blocks between which one tensor "
+                "passes. Where blocks return several, name their class: checkpoint=Block"
+            )
         dtype = _under_autocast(model, tensors(batch)[0].device.type)
         self.decoders = attach(decoder, plan, self.sharing, outlets, channel_axis, dtype, self.features)
         self.loss = registered(InfoNCE() if loss is None else loss, len(plan.units))

@@ -133,7 +133,7 @@ def _read(stage: int, cut: str, output: Any, features: Features) -> Tensor:
     try:
         read = features(output)
     except Exception as error:
-        raise TypeError(f"stage {stage} ends after {cut!r}: {error or type(error).__name__}") from error
+        raise TypeError(f"stage {stage} ends after {cut!r}: {str(error) or type(error).__name__}") from error
     if not (read.is_floating_point() or read.is_complex()):
         raise TypeError(
             f"stage {stage} ends after {cut!r}, which returned {read.dtype}; no gradient passes such a tensor. End the stage "

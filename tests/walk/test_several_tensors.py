@@ -431,7 +431,8 @@ class Holder:
 class Hides(Layers):
     def forward(self, x: Tensor) -> Any:
         y = self.one(x)
-        return y, Holder(y.tanh())
+        hidden = self.two(y)  # only the next stage uses these weights, which are its own therefore
+        return y.tanh(), Holder(hidden)
 
 
 class Finds(Layers):
