@@ -35,6 +35,8 @@ def _lines(results: dict[str, Any]) -> Iterator[str]:
         counts = results["tests"]["counts"]
         yield f"`pytest -m cuda`: {', '.join(f'{count} {what}' for what, count in counts.items())}."
         yield ""
+        failed = [line.removeprefix("FAILED ") for line in results["tests"]["output"] if line.startswith("FAILED ")]
+        yield from [f"- `{line}`" for line in failed] + [""] * bool(failed)
     yield from _memory([found for name, found in results.items() if name.startswith("memory-") and "arch" in found])
     rates = results.get("rates", {}).get("flops_per_second", {})
     steps = [found for name, found in results.items() if name.startswith("step-") and "arch" in found]
@@ -71,7 +73,7 @@ def _about_steps(rates: dict[str, float]) -> Iterator[str]:
     yield ""
     yield 'The median of ten steps of each row in turn. "Graph": the same step captured as one CUDA graph and replayed, without'
     yield 'Python. "Floor": FLOPs over the rate of a large matrix product in the same precision (fp32: TF32, as cuDNN\'s'
-    yield "convolutions compute by default). "
+    yield "convolutions compute by default)."
     if rates:
         rate = ", ".join(f"{name} {value / 1e12:.0f}" for name, value in rates.items())
         yield f"Measured rates, TFLOP/s: {rate}."

@@ -274,7 +274,7 @@ def pieces(args: argparse.Namespace) -> Iterator[Piece]:
     for arch, dtype in [("shufflenet_v2_50", "float32")] if tiny else every:
         batch, size = (2, 65) if tiny else (64, 224)
         yield Piece(f"step-{arch}-{dtype}", 15, partial(step, arch, dtype, batch, size))
-    yield Piece("infonce", 60, infonce, limited=True)
+    yield Piece("infonce", 30, infonce, limited=True)
     train = partial(Piece, seconds=60, limited=True)
     noted = ("--commit", args.commit) if args.commit else ()
     common: dict[str, Any] = {"out": args.out / "curves", "jobs": args.jobs}

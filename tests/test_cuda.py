@@ -236,6 +236,7 @@ def test_infonce_multiplies_half_precision_and_adds_up_in_single(
         assert (found.double() - wanted).norm() < 4 * eps * wanted.norm()
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method")  # an import of torch's own
 @pytest.mark.parametrize("tile", [None, 64], ids=["kept", "tiles"])
 def test_infonce_compiles_with_products_in_half_precision(tile: int | None) -> None:
     torch._dynamo.reset()
