@@ -209,16 +209,19 @@ def graph(root: Tensor) -> tuple[list[Tensor], set[torch.dtype]]:
     found = {id(root): root} if root.grad_fn is None and root.requires_grad else {}
     dtypes = {root.dtype}
     seen: set[object] = set()
-    stack: list[Any] = [root.grad_fn]
+    stack: list[tuple[Any, int]] = [(root.grad_fn, root.output_nr)]
     while stack:
-        node = stack.pop()
-        if node is None or node in seen:
+        node, result = stack.pop()
+        if node is None:
+            continue
+        if results := getattr(node, "_input_metadata", ()):  # of those that no gradient reaches it tells nothing
+            dtypes.add(results[result].dtype)
+        if node in seen:
             continue
         seen.add(node)
         if hasattr(node, "variable"):
             found[id(node.variable)] = node.variable
-        dtypes |= {result.dtype for result in getattr(node, "_input_metadata", ())}
-        stack += [following for following, _ in node.next_functions]
+        stack += node.next_functions
     return list(found.values()), {dtype.to_real() for dtype in dtypes if dtype.is_floating_point or dtype.is_complex}
 
 
