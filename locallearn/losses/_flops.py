@@ -21,11 +21,19 @@ def _product(at: _tiles.Tile, blocks: Sequence[Tensor]) -> int:
     return flops
 
 
-@register_flop_formula([_ops.negatives, _ops.positives], get_raw=True)
-def _similarities(blocks: Sequence[Tensor], labels: Any, looks: Sequence[int], *settings: Any, **_: Any) -> int:
+def _similarities(blocks: Sequence[Tensor], looks: Sequence[int], tile: int) -> int:
     """One product per tile."""
-    tile: int = settings[-1]
     return sum(_product(at, blocks) for at in _tiles.tiles(blocks, looks, tile))
+
+
+@register_flop_formula(_ops.negatives, get_raw=True)
+def _negatives(blocks: Any, labels: Any, looks: Any, twins: Any, bounded: Any, tile: int, *rest: Any, **_: Any) -> int:
+    return _similarities(blocks, looks, tile)
+
+
+@register_flop_formula(_ops.positives, get_raw=True)
+def _positives_of_labels(blocks: Any, labels: Any, looks: Any, tile: int, *rest: Any, **_: Any) -> int:
+    return _similarities(blocks, looks, tile)
 
 
 def _gradients(blocks: Sequence[Tensor], looks: Sequence[int], tile: int, wanted: int) -> int:

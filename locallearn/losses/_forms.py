@@ -1,9 +1,12 @@
 """Which rows meet in each form of the loss, and which computation carries it out."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -35,11 +38,13 @@ def in_batch(
     alike: bool,
     bounded: bool,
     tile: int | None,
+    top1: bool,
+    group: dist.ProcessGroup | None,
 ) -> tuple[Tensor, Tensor]:
     """Compare views with each other: V times (N, D) -> losses (A, N) in nats, and whether a positive is nearest (A, N).
 
-    The A anchors are the views that have losses of their own. `counts` holds every rank's N; `alike` promises that all
-    ranks weigh all losses alike.
+    The A anchors are the views that have losses of their own. `counts` holds the N of every rank of the group; `alike`
+    promises that all ranks weigh all losses alike. What is nearest is told only if `top1`.
     """
     views, everywhere = len(rows), len(counts) > 1
     met = _met(form, views)
@@ -47,13 +52,13 @@ def in_batch(
     tile = _default_tile(rows[0]) if tile is None else tile
     if everywhere and alike and labels is None and tile:
         attracting, spread, nearest = _twins(rows, anchors)
-        losses, largest = AcrossRanks.apply(attracting, met, counts, bounded, tile, *rows)
+        losses, largest = AcrossRanks.apply(attracting, met, counts, bounded, tile, top1, group, *rows)
         return losses + spread * LN2, nearest > largest
 
     blocks, marks = list(rows), [] if labels is None else [labels] * views  # block b holds view b % V
     if everywhere:
-        blocks += of_other_ranks(rows, counts, gather_with_gradient)
-        marks += [] if labels is None else [mark for mark in of_other_ranks([labels], counts) for _ in rows]
+        blocks += of_other_ranks(rows, counts, group, gather_with_gradient)
+        marks += [] if labels is None else [mark for mark in of_other_ranks([labels], counts, group) for _ in rows]
     looks = [(u, v) for u in range(views) for v in range(len(blocks)) if (u, v % views) in met]
     attract = attract and labels is not None
     if not tile:
@@ -61,7 +66,8 @@ def in_batch(
 
     shape = anchors, rows[0].shape[0]
     own = slice(math.prod(shape))
-    repelling, largest = (part[own].view(shape) for part in negatives(blocks, marks, looks, views, bounded, tile))
+    both = negatives(blocks, marks, looks, views, bounded, tile, top1)
+    repelling, largest = (part[own].view(shape) for part in both)
     if attract:
         attracting, spread, nearest = (part[own].view(shape) for part in positives(blocks, marks, looks, tile))
         alone = attracting == -math.inf  # the only row of its label has no positive, and no loss
@@ -72,7 +78,12 @@ def in_batch(
 
 
 def against_given(
-    rows: Sequence[Tensor], others: Tensor, temperature: float | Tensor, bounded: bool, tile: int | None
+    rows: Sequence[Tensor],
+    others: Tensor,
+    temperature: float | Tensor,
+    bounded: bool,
+    tile: int | None,
+    top1: bool,
 ) -> tuple[Tensor, Tensor]:
     """Compare queries and keys, twice (N, D), with negatives (M, D) or (N, M, D) -> losses (N,), and top-1 (N,)."""
     query, key = rows
@@ -80,7 +91,7 @@ def against_given(
     scales = scale(others, temperature)
     tile = _default_tile(query) if tile is None else tile
     if others.dim() == 2 and tile:
-        both = negatives([query, others * scales], [], [(0, 1)], 0, bounded, tile)
+        both = negatives([query, others * scales], [], [(0, 1)], 0, bounded, tile, top1)
         repelling, largest = (part[: query.shape[0]] for part in both)
     else:
         dots = query @ (others * scales).t() if others.dim() == 2 else (others @ query[:, :, None] * scales)[:, :, 0]

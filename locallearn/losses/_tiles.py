@@ -85,38 +85,49 @@ def negatives(
     twins: int,
     bounded: bool,
     tile: int,
+    top1: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return log2 of the sum of 2^logit over each row's negatives, and the largest logit: (R,), (R,), block by block.
 
     Where there are labels, one per row of every block, rows of one label are no negatives of each other. A row without
     negatives gets -inf. `bounded` promises that no logit exceeds 60 bits either way, so that 2^logit fits into single
-    precision as it is. The largest logits carry no gradient.
+    precision as it is. The largest logits carry no gradient; they are -inf where nobody asks for `top1`.
     """
-    sums, largest = _negatives(blocks, labels, [block for pair in looks for block in pair], twins, bounded, tile)
+    sums, largest = _negatives(blocks, labels, [block for pair in looks for block in pair], twins, bounded, tile, top1)
     return sums, largest.detach()
 
 
 @torch.library.custom_op(
     "locallearn::negatives",
     mutates_args=(),
-    schema="(Tensor[] blocks, Tensor[] labels, SymInt[] looks, SymInt twins, bool bounded, SymInt tile) "
-    "-> (Tensor, Tensor)",
+    schema="(Tensor[] blocks, Tensor[] labels, SymInt[] looks, SymInt twins, bool bounded, SymInt tile, "
+    "bool top1) -> (Tensor, Tensor)",
 )
 def _negatives(
-    blocks: Sequence[Tensor], labels: Sequence[Tensor], looks: Sequence[int], twins: int, bounded: bool, tile: int
+    blocks: Sequence[Tensor],
+    labels: Sequence[Tensor],
+    looks: Sequence[int],
+    twins: int,
+    bounded: bool,
+    tile: int,
+    top1: bool,
 ) -> tuple[Tensor, Tensor]:
     sums = [block.new_full(block.shape[:1], -torch.inf) for block in blocks]
     largest = [part.clone() for part in sums]
     with full_precision(blocks[0].device):
         for at in tiles(blocks, looks, tile):
             logits, sides = _logits(blocks, labels, twins, at), at.sides()
-            tops = [logits.amax(dim) for dim, _, _ in sides]
-            powers = logits.exp2_() if bounded else None
-            for top, (dim, block, rows) in zip(tops, sides, strict=True):
-                part = log2sumexp2(logits, top, dim) if powers is None else powers.sum(dim).log2_()
+            tops = [logits.amax(dim) for dim, _, _ in sides] if top1 or not bounded else []
+            if bounded:
+                logits.exp2_()
+                parts = [logits.sum(dim).log2_() for dim, _, _ in sides]
+            else:
+                parts = [log2sumexp2(logits, top, dim) for top, (dim, _, _) in zip(tops, sides, strict=True)]
+            del logits  # before the next tile is there
+            for part, (_, block, rows) in zip(parts, sides, strict=True):
                 sums[block][rows] = torch.logaddexp2(sums[block][rows], part)
+            for top, (_, block, rows) in zip(tops if top1 else [], sides, strict=top1):
                 largest[block][rows] = torch.maximum(largest[block][rows], top)
-            del logits, powers  # before the next tile is there
     return torch.cat(sums), torch.cat(largest)
 
 
@@ -176,7 +187,13 @@ def move(moved: Sequence[Tensor], blocks: Sequence[Tensor], at: Tile, weight: Te
 
 @_negatives.register_fake
 def _(
-    blocks: Sequence[Tensor], labels: Sequence[Tensor], looks: Sequence[int], twins: int, bounded: bool, tile: int
+    blocks: Sequence[Tensor],
+    labels: Sequence[Tensor],
+    looks: Sequence[int],
+    twins: int,
+    bounded: bool,
+    tile: int,
+    top1: bool,
 ) -> tuple[Tensor, Tensor]:
     sums = blocks[0].new_empty(sum(block.shape[0] for block in blocks))
     return sums, torch.empty_like(sums)
@@ -198,7 +215,7 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    blocks, labels, ctx.looks, ctx.twins, ctx.bounded, ctx.tile = inputs
+    blocks, labels, ctx.looks, ctx.twins, ctx.bounded, ctx.tile, _ = inputs
     ctx.save_for_backward(*blocks, *labels, output[0])
     ctx.count = len(blocks)
 
@@ -208,7 +225,7 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[object, ...]:
     blocks, labels = saved[: ctx.count], saved[ctx.count :]
     wanted = up_to_last(ctx.needs_input_grad[0])
     moved = negatives_backward(blocks, labels, ctx.looks, ctx.twins, ctx.bounded, ctx.tile, sums, grad, wanted)
-    return [*moved, *[None] * (ctx.count - wanted)], [None] * len(labels), None, None, None, None
+    return [*moved, *[None] * (ctx.count - wanted)], [None] * len(labels), None, None, None, None, None
 
 
 def up_to_last(needed: Sequence[bool]) -> int:

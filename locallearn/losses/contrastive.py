@@ -1,9 +1,13 @@
 """InfoNCE in all its forms: NT-Xent, CLIP's two directions, MoCo's queue, SupCon."""
 
+from __future__ import annotations
+
+from copy import deepcopy
 from functools import reduce
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from locallearn.distributed import row_counts
@@ -27,6 +31,7 @@ def info_nce(
     same_label: SameLabel = ...,
     reduction: Reduction = ...,
     gather: Gather = ...,
+    group: dist.ProcessGroup | None = ...,
     tile: int | None = ...,
     return_top1: Literal[False] = ...,
 ) -> Tensor: ...
@@ -42,6 +47,23 @@ def info_nce(
     same_label: SameLabel = ...,
     reduction: Reduction = ...,
     gather: Gather = ...,
+    group: dist.ProcessGroup | None = ...,
+    tile: int | None = ...,
+    return_top1: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def info_nce(
+    *views: Tensor,
+    temperature: float | Tensor = ...,
+    negatives: Tensor | None = ...,
+    labels: Tensor | None = ...,
+    form: Form = ...,
+    same_label: SameLabel = ...,
+    reduction: Reduction = ...,
+    gather: Gather = ...,
+    group: dist.ProcessGroup | None = ...,
     tile: int | None = ...,
     return_top1: bool,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
@@ -56,6 +78,7 @@ def info_nce(
     same_label: SameLabel = "attract",
     reduction: Reduction = "mean",
     gather: Gather = "auto",
+    group: dist.ProcessGroup | None = None,
     tile: int | None = None,
     return_top1: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -95,7 +118,9 @@ def info_nce(
     Under ``torch.distributed`` every rank's rows are negatives. What the ranks return averages to the loss of the whole
     batch, and so does DistributedDataParallel with the gradients. A ``mean`` or ``sum`` without labels needs no
     collective in backward, and takes for granted that the ranks scale their losses alike. Ranks may have different N.
-    ``negatives`` are taken as they are, and nothing is gathered.
+    ``negatives`` are taken as they are, and nothing is gathered. With ``group`` all this is true of the group's ranks.
+    All of them have to call the loss equally often: DistributedDataParallel's ``join()`` does not answer for a rank
+    that has run out of data, and the others wait for it. Inside of such a module's forward that is refused.
 
     Args:
         *views: (N, D) embeddings, any floating-point type, not normalised; two views or more, or one with ``labels``.
@@ -108,12 +133,15 @@ def info_nce(
         reduction: ``"mean"``, ``"sum"`` or ``"none"``, which keeps one loss per anchor.
         gather: ``"auto"`` takes every rank's rows where ``torch.distributed`` is initialised; ``True`` insists on it;
             ``False`` stays with this process.
+        group: the process group whose rows are negatives, by default all ranks. Each rank names one that it is in.
         tile: rows and columns of a tile; ``None`` chooses by device, ``0`` builds the whole matrix: the reference.
-        return_top1: return also the share of anchors whose nearest row is a positive, for logging (with
-            ``reduction="none"``, which ones); it comes from the same pass, and a tie is not right.
+        return_top1: return also the contrastive top-1 accuracy: the share of this rank's anchors whose most similar
+            row, among all candidates, is a positive (with ``reduction="none"``, which ones). It comes from the same
+            pass, without another product; a tie is not right, nor is a row without a positive.
 
     Returns:
-        The loss, single precision or better; with ``return_top1``, the loss and the share.
+        The loss, single precision or better; with ``return_top1``, the loss and the accuracy, a scalar between 0 and 1
+        without a gradient.
 
     Raises:
         ValueError: shapes or settings that do not fit, or too few pairs; the message says which.
@@ -137,20 +165,22 @@ def info_nce(
         _checks.check_negatives(negatives, views, labels, form)
     if labels is not None:
         _checks.check_labels(labels, views, same_label)
-    everywhere = negatives is None and _checks.gathers(gather)
+    everywhere = _checks.gathers(gather, group, negatives)
     _checks.check_pairs(views, labels, form, needed=2 if negatives is None and not everywhere else 1)
 
     with full_precision(views[0].device):
         given = views if negatives is None else (*views, negatives)
         dtype = reduce(torch.promote_types, (x.dtype for x in given), torch.float32)
         rows = [x * scale(x, temperature) for x in (view.to(dtype) for view in views)]  # (N, D), dot products are bits
-        counts = row_counts(rows[0]) if everywhere else [rows[0].shape[0]]
+        counts = row_counts(rows[0], group) if everywhere else [rows[0].shape[0]]
         bounded = not isinstance(temperature, Tensor) and temperature * LN2 * 59 >= 1  # within 60 bits when rounded
         if negatives is not None:
-            losses, right = against_given(rows, negatives.to(dtype), temperature, bounded, tile)
+            losses, right = against_given(rows, negatives.to(dtype), temperature, bounded, tile, return_top1)
         else:
             alike = reduction != "none"
-            losses, right = in_batch(rows, form, counts, labels, same_label == "attract", alike, bounded, tile)
+            losses, right = in_batch(
+                rows, form, counts, labels, same_label == "attract", alike, bounded, tile, return_top1, group
+            )
             if form == "one-way":
                 losses, right = losses[0], right[0]
         # what each rank returns averages to the loss of them all; so does DistributedDataParallel
@@ -167,7 +197,8 @@ class InfoNCE(nn.Module):
     """`info_nce` with its settings, which are explained there.
 
     A learnable temperature is given as an `nn.Parameter`; another tensor becomes a buffer. `forward` takes the views
-    and, as a last positional argument or by name, integer labels (N,).
+    and, as a last positional argument or by name, integer labels (N,). A deep copy names the same ``group``; a pickle
+    cannot, and is refused: save the `state_dict`.
 
     Example:
         >>> loss = InfoNCE(temperature=0.2)
@@ -187,11 +218,13 @@ class InfoNCE(nn.Module):
         same_label: SameLabel = "attract",
         reduction: Reduction = "mean",
         gather: Gather = "auto",
+        group: dist.ProcessGroup | None = None,
         tile: int | None = None,
         return_top1: bool = False,
     ) -> None:
         super().__init__()
         _checks.check_settings(temperature, form, same_label, reduction, gather, tile)
+        _checks.check_group(gather, group)
         if isinstance(temperature, Tensor) and not isinstance(temperature, nn.Parameter):
             self.register_buffer("temperature", temperature)
         else:
@@ -200,13 +233,18 @@ class InfoNCE(nn.Module):
         self.same_label = same_label
         self.reduction = reduction
         self.gather = gather
+        self.group = group
         self.tile = tile
         self.return_top1 = return_top1
 
     def forward(
-        self, *views: Tensor, negatives: Tensor | None = None, labels: Tensor | None = None
+        self,
+        *views: Tensor,
+        negatives: Tensor | None = None,
+        labels: Tensor | None = None,
+        return_top1: bool | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Return `info_nce(*views, ...)` with the module's settings."""
+        """Return `info_nce(*views, ...)` with the module's settings; `return_top1` may be set anew in each call."""
         if labels is None and len(views) > 1 and _are_labels(views[-1]):
             views, labels = views[:-1], views[-1]
         return info_nce(
@@ -218,9 +256,25 @@ class InfoNCE(nn.Module):
             same_label=self.same_label,
             reduction=self.reduction,
             gather=self.gather,
+            group=self.group,
             tile=self.tile,
-            return_top1=self.return_top1,
+            return_top1=self.return_top1 if return_top1 is None else return_top1,
         )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> InfoNCE:
+        memo[id(self.group)] = self.group
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(deepcopy(self.__dict__, memo))
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.group is not None:
+            raise TypeError(
+                "InfoNCE(group=) cannot be pickled: a process group belongs to running processes; save its "
+                "state_dict(), or set its group to None before and back after"
+            )
+        return self.__dict__
 
     def extra_repr(self) -> str:
         temperature = "learnt" if isinstance(self.temperature, nn.Parameter) else self.temperature

@@ -54,10 +54,11 @@ opchecked = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor t
 
 
 @opchecked
+@pytest.mark.parametrize("top1", [True, False])
 @pytest.mark.parametrize("bounded", [True, False])
 @pytest.mark.parametrize("labels", [[], [LABELS, LABELS]], ids=["", "labels"])
-def test_opcheck_of_negatives(bounded: bool, labels: list[Tensor]) -> None:
-    torch.library.opcheck(_negatives, (pairs(6, 4), labels, [0, 0, 0, 1, 1, 0, 1, 1], 2, bounded, 4))
+def test_opcheck_of_negatives(bounded: bool, labels: list[Tensor], top1: bool) -> None:
+    torch.library.opcheck(_negatives, (pairs(6, 4), labels, [0, 0, 0, 1, 1, 0, 1, 1], 2, bounded, 4, top1))
 
 
 @opchecked
