@@ -190,20 +190,24 @@ def gradient_agreement(
             ]
             whole = _gradients(losses[-1], [weight for stage in stages for weight in stage])
             local = _sum([*units, *([] if penalty is None else [_gradients(penalty, graph(penalty)[0])])])
-    names = {id(weight): (name, weight) for name, weight in copy.backbone.named_parameters()}
+    of_stage = {id(weight): number for number, weights in enumerate(stages) for weight in weights}
+    ordered = [(name, weight) for name, weight in copy.backbone.named_parameters() if id(weight) in of_stage]
     found = []
     for number, name in enumerate(copy.stages):
-        own = [weight for weight in stages[number] if id(weight) in names]
-        by_name: dict[str, list[Tensor]] = {}
-        for weight in own:
-            by_name.setdefault(named(*names[id(weight)]), []).append(weight)
+        own = [(path, weight) for path, weight in ordered if of_stage[id(weight)] == number]
+        by_name: dict[str, list[nn.Parameter]] = {}
+        for path, weight in own:
+            by_name.setdefault(named(path, weight), []).append(weight)
         trained_by = [k for k, unit in enumerate(copy.plan.units) if number in unit.updates]
         found.append(
             StageAgreement(
                 name,
-                _compared(own, local, whole),
+                _compared([weight for _, weight in own], local, whole),
                 {group: _compared(weights, local, whole) for group, weights in by_name.items()},
-                {(a, b): _compared(own, units[b], units[a]) for a, b in combinations(trained_by, 2)},
+                {
+                    (a, b): _compared([weight for _, weight in own], units[b], units[a])
+                    for a, b in combinations(trained_by, 2)
+                },
             )
         )
     return GradientAgreement(tuple(found), tuple(float(loss.detach()) for loss in losses))

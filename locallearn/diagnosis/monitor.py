@@ -112,7 +112,7 @@ class Monitor:
     @property
     def due(self) -> bool:
         """Whether the last training pass was looked at, and not read yet. Does not wait for a GPU."""
-        return self._unread and self._looking
+        return self._unread and self._looked == self._passes
 
     def measured(self) -> dict[str, Tensor]:
         """What the last look saw, by name, one number per unit ``(units,)`` on its device, without waiting for it.
@@ -222,7 +222,7 @@ class Monitor:
             return
         self._unit = k
         if isinstance(output, Tensor) and output.ndim == 2 and output.is_floating_point():
-            with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
+            with torch.no_grad():
                 self._taken.setdefault("spread", {})[k] = spread(output)
                 step = -(-len(output) // _ROWS)
                 self._taken.setdefault("rows", {})[k] = output.detach()[::step].clone()

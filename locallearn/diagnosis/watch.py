@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 COLLAPSED = 0.1  # spread below which nearly nothing tells images apart
-PATIENCE = 5  # steps in a row without a finite loss, after which a run is lost
 
 
 class DivergedError(RuntimeError):
