@@ -26,6 +26,7 @@ FLOORS = [  # what stands further down may import neither what stands above it n
     {"plan", "decoders", "distributed", "models"},
 ]
 INSIDE = {  # likewise within a wing
+    "command_line": [{"program"}, {"checking"}, {"cutting"}, {"parsing", "drawing"}, {"backbones"}, {"errors"}],
     "_walk": [
         {"local_pass"},
         {"cuts", "recompute", "isolation"},
