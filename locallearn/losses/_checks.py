@@ -13,7 +13,13 @@ from locallearn.distributed import in_use, world_size
 
 
 def check_settings(
-    temperature: float | Tensor, form: str, same_label: str, reduction: str, gather: bool | str, tile: int | None
+    temperature: float | Tensor,
+    form: str,
+    same_label: str,
+    reduction: str,
+    gather: bool | str,
+    tile: int | None,
+    precision: str,
 ) -> None:
     """Refuse settings that no input could make right."""
     if isinstance(temperature, Tensor):
@@ -31,11 +37,14 @@ def check_settings(
         ("same_label", same_label, ("attract", "ignore")),
         ("reduction", reduction, ("none", "sum", "mean")),
         ("gather", gather, (True, False, "auto")),
+        ("precision", precision, ("single", "input")),
     ):
         if given not in known:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; got {given!r}")
     if tile is not None and (isinstance(tile, bool) or not isinstance(tile, int) or tile < 0):
         raise ValueError(f"tile must be None (choose by device), 0 (whole matrix) or a number of rows; got {tile!r}")
+    if tile == 0 and precision == "input":
+        raise ValueError("tile=0 is the reference, in single precision or better; precision='input' needs tiles")
 
 
 def check_views(views: Sequence[Tensor]) -> None:
@@ -124,6 +133,15 @@ def gathers(gather: bool | str, group: dist.ProcessGroup | None, negatives: Tens
             "gather=False"
         )
     return True
+
+
+def check_alone(everywhere: bool) -> None:
+    """Refuse to gather where torch.func would have to see into a collective."""
+    if everywhere:
+        raise NotImplementedError(
+            "torch.func and forward-mode derivatives do not reach other ranks' rows; compute the loss outside of them, "
+            "or of this rank's rows alone, with gather=False"
+        )
 
 
 def _joins() -> bool:

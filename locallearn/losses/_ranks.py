@@ -39,6 +39,7 @@ class AcrossRanks(torch.autograd.Function):
         bounded: bool,
         tile: int,
         top1: bool,
+        products: torch.dtype | None,
         group: dist.ProcessGroup | None,
         *rows: Tensor,
     ) -> tuple[Tensor, Tensor]:
@@ -46,7 +47,9 @@ class AcrossRanks(torch.autograd.Function):
         blocks = [*rows, *of_other_ranks(rows, counts, group)]  # block b holds view b % V
         every = range(len(blocks))
         looks = [(u, v) for u in every for v in every if (u % views, v % views) in met]
-        sums, tops = negatives(blocks, [], [(u, v) for u, v in looks if u < views], views, bounded, tile, top1)
+        sums, tops = negatives(
+            blocks, [], [(u, v) for u, v in looks if u < views], views, bounded, tile, top1, products
+        )
         repelling, largest = (part[: positive.numel()].view_as(positive) for part in (sums, tops))
 
         totals = torch.logaddexp2(repelling, positive)  # (A, N)
@@ -56,7 +59,7 @@ class AcrossRanks(torch.autograd.Function):
             positive, repelling, torch.cat([*totals, *of_other_ranks(list(totals), counts, group)]), *blocks
         )
         ctx.looks = [block for pair in looks for block in pair]
-        ctx.views, ctx.bounded, ctx.tile = views, bounded, tile
+        ctx.settings = views, bounded, tile, products
         ctx.mark_non_differentiable(largest)
         return -F.logsigmoid((positive - repelling) * LN2), largest
 
@@ -66,10 +69,9 @@ class AcrossRanks(torch.autograd.Function):
         grad = grad * LN2  # (A, N), all equal, here and on every other rank
         weights = [grad.mean().expand(block.shape[0]) for block in blocks]
         weights[: grad.shape[0]] = grad
-        moved = negatives_backward(
-            blocks, [], ctx.looks, ctx.views, ctx.bounded, ctx.tile, totals, torch.cat(weights), ctx.views
-        )
-        return -grad * torch.sigmoid((repelling - positive) * LN2), None, None, None, None, None, None, *moved
+        views = ctx.settings[0]
+        moved = negatives_backward(blocks, [], ctx.looks, *ctx.settings, totals, torch.cat(weights), views)
+        return -grad * torch.sigmoid((repelling - positive) * LN2), *[None] * 7, *moved
 
 
 def of_other_ranks(

@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from locallearn.distributed import row_counts
 from locallearn.losses import _checks
-from locallearn.losses._forms import against_given, in_batch, scale
-from locallearn.losses._precision import LN2, full_precision
+from locallearn.losses._forms import Settings, against_given, in_batch
+from locallearn.losses._precision import full_precision
+from locallearn.losses._rows import transformed
 
 Form = Literal["nt-xent", "two-way", "one-way"]
 SameLabel = Literal["attract", "ignore"]
 Reduction = Literal["none", "sum", "mean"]
+Precision = Literal["single", "input"]
 Gather = bool | Literal["auto"]
 
 
@@ -33,6 +35,7 @@ def info_nce(
     gather: Gather = ...,
     group: dist.ProcessGroup | None = ...,
     tile: int | None = ...,
+    precision: Precision = ...,
     return_top1: Literal[False] = ...,
 ) -> Tensor: ...
 
@@ -49,6 +52,7 @@ def info_nce(
     gather: Gather = ...,
     group: dist.ProcessGroup | None = ...,
     tile: int | None = ...,
+    precision: Precision = ...,
     return_top1: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -65,6 +69,7 @@ def info_nce(
     gather: Gather = ...,
     group: dist.ProcessGroup | None = ...,
     tile: int | None = ...,
+    precision: Precision = ...,
     return_top1: bool,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 
@@ -80,6 +85,7 @@ def info_nce(
     gather: Gather = "auto",
     group: dist.ProcessGroup | None = None,
     tile: int | None = None,
+    precision: Precision = "single",
     return_top1: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""How hard it is to tell an embedding's positive from its negatives, in nats.
@@ -110,10 +116,14 @@ def info_nce(
     views' means, which is twice the first.
 
     The similarities are computed in tiles, in forward and again in backward, and never held together: memory is of
-    order N D, kept between the two are the normalised rows. All arithmetic is at least single precision, also under
-    autocast (``torch.set_float32_matmul_precision`` does apply). What training leaves of a probability, one minus the
-    softmax, is never computed by subtraction. A row of zeros gets a zero gradient; NaN in gives NaN out, as does a
-    learnable temperature below zero: no check reads values. Second derivatives need ``tile=0``.
+    order N D, kept between the two are the normalised rows; a matrix no larger than one tile is kept too. All arithmetic
+    is at least single precision, also under autocast (``torch.set_float32_matmul_precision`` does apply), unless
+    ``precision="input"``. What training leaves of a probability, one minus the softmax, is never computed by
+    subtraction. Rows may have any length that their type can hold; a row of zeros gets a zero gradient. NaN in gives
+    NaN out, as does a learnable temperature below zero: no check reads values.
+
+    Second derivatives need ``tile=0``. Forward-mode derivatives and ``torch.func`` (``grad``, ``vmap``, ``jvp``, ...)
+    are right, and build the whole matrix, as ``tile=0`` does.
 
     Under ``torch.distributed`` every rank's rows are negatives. What the ranks return averages to the loss of the whole
     batch, and so does DistributedDataParallel with the gradients. A ``mean`` or ``sum`` without labels needs no
@@ -135,6 +145,8 @@ def info_nce(
             ``False`` stays with this process.
         group: the process group whose rows are negatives, by default all ranks. Each rank names one that it is in.
         tile: rows and columns of a tile; ``None`` chooses by device, ``0`` builds the whole matrix: the reference.
+        precision: ``"single"``, or ``"input"``: rows of half precision are multiplied in their own type, and added up in
+            single precision, as is all else. Faster on GPUs (torch 2.8 or newer), and less exact: see the docs' table.
         return_top1: return also the contrastive top-1 accuracy: the share of this rank's anchors whose most similar
             row, among all candidates, is a positive (with ``reduction="none"``, which ones). It comes from the same
             pass, without another product; a tie is not right, nor is a row without a positive.
@@ -159,7 +171,7 @@ def info_nce(
         >>> top1
         tensor(1.)
     """
-    _checks.check_settings(temperature, form, same_label, reduction, gather, tile)
+    _checks.check_settings(temperature, form, same_label, reduction, gather, tile, precision)
     _checks.check_views(views)
     if negatives is not None:
         _checks.check_negatives(negatives, views, labels, form)
@@ -168,26 +180,29 @@ def info_nce(
     everywhere = _checks.gathers(gather, group, negatives)
     _checks.check_pairs(views, labels, form, needed=2 if negatives is None and not everywhere else 1)
 
+    given = views if negatives is None else (*views, negatives)
+    if transformed(*given, *([temperature] if isinstance(temperature, Tensor) else [])):
+        _checks.check_alone(everywhere)
+        tile = 0
+    narrowest = reduce(torch.promote_types, (x.dtype for x in given))
+    dtype = torch.promote_types(narrowest, torch.float32)
+    products = narrowest if precision == "input" and narrowest != dtype else None
+    alike = reduction != "none"
+    how = Settings(form, temperature, same_label == "attract", alike, tile, return_top1, products, group)
     with full_precision(views[0].device):
-        given = views if negatives is None else (*views, negatives)
-        dtype = reduce(torch.promote_types, (x.dtype for x in given), torch.float32)
-        rows = [x * scale(x, temperature) for x in (view.to(dtype) for view in views)]  # (N, D), dot products are bits
-        counts = row_counts(rows[0], group) if everywhere else [rows[0].shape[0]]
-        bounded = not isinstance(temperature, Tensor) and temperature * LN2 * 59 >= 1  # within 60 bits when rounded
+        inputs = [view.to(dtype) for view in views]
+        counts = row_counts(inputs[0], group) if everywhere else [inputs[0].shape[0]]
         if negatives is not None:
-            losses, right = against_given(rows, negatives.to(dtype), temperature, bounded, tile, return_top1)
+            losses, right = against_given(inputs, negatives.to(dtype), how)
         else:
-            alike = reduction != "none"
-            losses, right = in_batch(
-                rows, form, counts, labels, same_label == "attract", alike, bounded, tile, return_top1, group
-            )
+            losses, right = in_batch(inputs, counts, labels, how)
             if form == "one-way":
-                losses, right = losses[0], right[0]
+                losses, right = losses.squeeze(0), right.squeeze(0)
         # what each rank returns averages to the loss of them all; so does DistributedDataParallel
         if reduction == "sum":
             losses = losses.sum() * len(counts)
         elif reduction == "mean":
-            losses = losses.sum() / (right.numel() * sum(counts) / (len(counts) * rows[0].shape[0]))
+            losses = losses.sum() / (right.numel() * sum(counts) / (len(counts) * views[0].shape[0]))
     if not return_top1:
         return losses
     return losses, right if reduction == "none" else right.float().mean()
@@ -205,7 +220,7 @@ class InfoNCE(nn.Module):
         >>> loss(torch.ones(4, 8), torch.ones(4, 8))
         tensor(1.9459)
         >>> loss
-        InfoNCE(temperature=0.2, form='nt-xent', same_label='attract', reduction='mean', gather='auto')
+        InfoNCE(temperature=0.2, form='nt-xent', same_label='attract', reduction='mean', gather='auto', precision='single')
     """
 
     temperature: float | Tensor
@@ -220,10 +235,11 @@ class InfoNCE(nn.Module):
         gather: Gather = "auto",
         group: dist.ProcessGroup | None = None,
         tile: int | None = None,
+        precision: Precision = "single",
         return_top1: bool = False,
     ) -> None:
         super().__init__()
-        _checks.check_settings(temperature, form, same_label, reduction, gather, tile)
+        _checks.check_settings(temperature, form, same_label, reduction, gather, tile, precision)
         _checks.check_group(gather, group)
         if isinstance(temperature, Tensor) and not isinstance(temperature, nn.Parameter):
             self.register_buffer("temperature", temperature)
@@ -235,6 +251,7 @@ class InfoNCE(nn.Module):
         self.gather = gather
         self.group = group
         self.tile = tile
+        self.precision = precision
         self.return_top1 = return_top1
 
     def forward(
@@ -258,6 +275,7 @@ class InfoNCE(nn.Module):
             gather=self.gather,
             group=self.group,
             tile=self.tile,
+            precision=self.precision,
             return_top1=self.return_top1 if return_top1 is None else return_top1,
         )
 
@@ -278,7 +296,7 @@ class InfoNCE(nn.Module):
 
     def extra_repr(self) -> str:
         temperature = "learnt" if isinstance(self.temperature, nn.Parameter) else self.temperature
-        names = ("form", "same_label", "reduction", "gather")
+        names = ("form", "same_label", "reduction", "gather", "precision")
         return f"temperature={temperature}, " + ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
 

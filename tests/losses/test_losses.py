@@ -147,6 +147,15 @@ def test_rows_without_negatives_or_positives_have_finite_gradients(labels: Tenso
 
 @pytest.mark.parametrize("tile", [None, 0, 3])
 @pytest.mark.parametrize("form", ["nt-xent", "two-way", "one-way"])
+def test_a_learnable_temperature_is_the_number_that_it_holds(form: str, tile: int | None) -> None:
+    temperature, views = torch.tensor([0.3], dtype=torch.float64, requires_grad=True), views_of(2)
+    loss, expected = (info_nce(*views, temperature=t, form=form, tile=tile) for t in (temperature, 0.3))
+    torch.testing.assert_close(loss, expected, rtol=1e-13, atol=0)
+    torch.testing.assert_close(torch.autograd.grad(loss, views), torch.autograd.grad(expected, views))
+
+
+@pytest.mark.parametrize("tile", [None, 0, 3])
+@pytest.mark.parametrize("form", ["nt-xent", "two-way", "one-way"])
 def test_gradcheck_with_a_learnable_temperature(form: str, tile: int | None) -> None:
     temperature = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(

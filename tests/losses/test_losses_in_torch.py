@@ -27,15 +27,25 @@ def gradients(loss: Tensor, views: list[Tensor]) -> tuple[Tensor, ...]:
 
 
 @pytest.mark.parametrize(
-    "options", [*({"form": form} for form in FORMS), {"labels": LABELS}, {"temperature": 0.01}, {"tile": 0}], ids=str
+    "options",
+    [
+        *({"form": form, "tile": tile} for form in FORMS for tile in (None, 4)),
+        {"labels": LABELS},
+        {"temperature": 0.01},
+        {"tile": 0},
+        {"precision": "input", "return_top1": True},
+    ],
+    ids=str,
 )
 def test_compiles_into_one_graph(options: dict) -> None:
     torch._dynamo.reset()
-    views = pairs(6, 4, dtype=torch.float32)
+    views = pairs(6, 4, dtype=torch.bfloat16 if "precision" in options else torch.float32)
     compiled = torch.compile(lambda z0, z1: info_nce(z0, z1, **options), fullgraph=True, backend="aot_eager")
-    loss = compiled(*views)
-    torch.testing.assert_close(loss, info_nce(*views, **options))
-    torch.testing.assert_close(gradients(loss, views), gradients(info_nce(*views, **options), views))
+    found, expected = compiled(*views), info_nce(*views, **options)
+    torch.testing.assert_close(found, expected)
+    if options.get("return_top1"):
+        found, expected = found[0], expected[0]
+    torch.testing.assert_close(gradients(found, views), gradients(expected, views))
 
 
 @pytest.mark.filterwarnings("ignore:Skipping serialization")  # of torch 2.6 itself
@@ -54,28 +64,34 @@ opchecked = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor t
 
 
 @opchecked
-@pytest.mark.parametrize("top1", [True, False])
+@pytest.mark.parametrize(("top1", "products"), [(True, None), (False, None), (False, torch.bfloat16)])
 @pytest.mark.parametrize("bounded", [True, False])
 @pytest.mark.parametrize("labels", [[], [LABELS, LABELS]], ids=["", "labels"])
-def test_opcheck_of_negatives(bounded: bool, labels: list[Tensor], top1: bool) -> None:
-    torch.library.opcheck(_negatives, (pairs(6, 4), labels, [0, 0, 0, 1, 1, 0, 1, 1], 2, bounded, 4, top1))
+def test_opcheck_of_negatives(bounded: bool, labels: list[Tensor], top1: bool, products: torch.dtype | None) -> None:
+    torch.library.opcheck(_negatives, (pairs(6, 4), labels, [0, 0, 0, 1, 1, 0, 1, 1], 2, bounded, 4, top1, products))
 
 
 @opchecked
 def test_opcheck_of_positives() -> None:
-    torch.library.opcheck(_positives, (pairs(6, 4), [LABELS, LABELS], [0, 0, 0, 1, 1, 0, 1, 1], 4))
+    torch.library.opcheck(_positives, (pairs(6, 4), [LABELS, LABELS], [0, 0, 0, 1, 1, 0, 1, 1], 4, None))
 
 
-@pytest.mark.parametrize("options", [*({"form": form} for form in FORMS), {"labels": LABELS}], ids=str)
+@pytest.mark.parametrize(
+    "options", [*({"form": form, "tile": tile} for form in FORMS for tile in (None, 4)), {"labels": LABELS}], ids=str
+)
 def test_second_derivative_is_refused_in_tiles_and_right_in_the_matrix(options: dict) -> None:
     views = pairs(6, 4)
     first = torch.autograd.grad(info_nce(*views, **options), views, create_graph=True)
     with pytest.raises(NotImplementedError, match="tile=0"):
         first[0].square().sum().backward()
-    assert torch.autograd.gradgradcheck(lambda z0, z1: info_nce(z0, z1, **options, tile=0, temperature=0.5), views)
+    assert torch.autograd.gradgradcheck(
+        lambda z0, z1: info_nce(z0, z1, **{**options, "tile": 0}, temperature=0.5), views
+    )
 
 
-@pytest.mark.parametrize("options", [*({"form": form} for form in FORMS), {"labels": LABELS}], ids=str)
+@pytest.mark.parametrize(
+    "options", [*({"form": form, "tile": tile} for form in FORMS for tile in (None, 4)), {"labels": LABELS}], ids=str
+)
 def test_fake_and_meta_tensors_give_shapes(options: dict) -> None:
     with FakeTensorMode(allow_non_fake_inputs=True):
         views = [torch.empty(6, 4, requires_grad=True) for _ in range(2)]
@@ -91,12 +107,13 @@ def test_fake_and_meta_tensors_give_shapes(options: dict) -> None:
     assert views[0].grad.shape == (6, 4)
 
 
-def test_autocast_changes_nothing() -> None:
+@pytest.mark.parametrize("tile", [None, 4])
+def test_autocast_changes_nothing(tile: int | None) -> None:
     views = pairs(6, 4, dtype=torch.float32)
-    expected = info_nce(*views)
+    expected = info_nce(*views, tile=tile)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(info_nce(*views), expected)
-        found = gradients(info_nce(*views), views)
+        assert torch.equal(info_nce(*views, tile=tile), expected)
+        found = gradients(info_nce(*views, tile=tile), views)
     assert all(map(torch.equal, found, gradients(expected, views)))
 
 
@@ -108,9 +125,11 @@ def test_backward_into_chosen_inputs() -> None:
     assert views[0].grad is None
 
 
-def test_backward_twice_over_a_retained_graph() -> None:
+@pytest.mark.parametrize("tile", [None, 4])
+@pytest.mark.parametrize("form", FORMS)
+def test_backward_twice_over_a_retained_graph(form: str, tile: int | None) -> None:
     views = pairs(6, 4)
-    loss = info_nce(*views)
+    loss = info_nce(*views, form=form, tile=tile)
     first = torch.autograd.grad(loss, views, retain_graph=True)
     assert all(map(torch.equal, first, torch.autograd.grad(loss, views)))
 

@@ -45,6 +45,8 @@ LABELS = torch.arange(6)
         ((Z, Z), {"same_label": "repel"}, ValueError, "same_label must be one of"),
         ((Z, Z), {"gather": "always"}, ValueError, "gather must be one of"),
         ((Z, Z), {"gather": True}, ValueError, "init_process_group"),
+        ((Z, Z), {"precision": "half"}, ValueError, "precision must be one of 'single', 'input'; got 'half'"),
+        ((Z, Z), {"precision": "input", "tile": 0}, ValueError, "precision='input' needs tiles"),
         ((Z, Z), {"group": object()}, ValueError, "init_process_group.*leave it out"),
         ((Z, Z), {"temperature": 0}, ValueError, "temperature must be positive and finite; got 0"),
         ((Z, Z), {"temperature": -0.1}, ValueError, "got -0.1"),
