@@ -70,7 +70,9 @@ def run(args: argparse.Namespace) -> None:
     torch.manual_seed(2)
     views = [grey_views(digits.train[:512]) for _ in range(2)]
     reports = {name: gradient_agreement(model, *views) for name, model in models.items() if name != "end-to-end"}
-    print(f"\n{reports['overlap 1']}")
+    print(f"\n{reports['overlap 1']}\n")
+    for name, report in reports.items():
+        print(f"{name}: cosines by stage", *(f"{stage.whole.cosine:.2f}" for stage in report.stages))
     reports["overlap 1"].save(args.out / "agreement.png")
     reports["overlap 0"].save(args.out / "overlaps.png", beside=reports)
 

@@ -106,7 +106,9 @@ class Monitor:
         for loss in losses:
             if isinstance(loss, InfoNCE):
                 asks = loss.register_forward_pre_hook(_Tap(self._ask), with_kwargs=True)
-                told = loss.register_forward_hook(_Tap(self._told))
+                told = loss.register_forward_hook(
+                    _Tap(self._told), prepend=True
+                )  # a monitor before takes the share off
                 self._off += [asks.remove, told.remove]
 
     @property
