@@ -22,6 +22,7 @@ from locallearn import InfoNCE, LocalWrapper
 from locallearn.diagnosis import Monitor, gradient_agreement, linear_cka, stage_quality
 
 OVERLAPS = {"overlap 0": 0, "overlap 1": 1, "overlap 2": 2, "end-to-end": len(STAGES) - 1}
+PROBED = ("overlap 0", "overlap 1", "end-to-end")
 BATCH = 128
 
 
@@ -81,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
         for pixels, labels in ((digits.train, digits.train_labels), (digits.test, digits.test_labels))
     )
     batches = [list(zip(*(part.split(256) for part in both), strict=True)) for both in (known, held_out)]
-    for name in ("overlap 0", "overlap 1", "end-to-end"):
+    for name in PROBED:
         quality = stage_quality(models[name], *batches, augment=lambda x: grey_views((x + 1) * 127.5))
         print(f"\n{name}\n{quality}")
         if name == "overlap 1":
