@@ -27,6 +27,7 @@ class Settings(NamedTuple):
     Attributes:
         form: "nt-xent", "two-way" or "one-way".
         temperature: a number, or a tensor of one element.
+        bounded: all logits are known to lie within 60 bits.
         attract: rows of one label are positives, if there are labels; else neither positives nor negatives.
         alike: all ranks weigh all losses alike.
         tile: rows and columns of a tile; None chooses, 0 builds the whole matrix by torch's own operators.
@@ -37,17 +38,13 @@ class Settings(NamedTuple):
 
     form: str
     temperature: float | Tensor
+    bounded: bool
     attract: bool
     alike: bool
     tile: int | None
     top1: bool
     products: torch.dtype | None
     group: dist.ProcessGroup | None
-
-    @property
-    def bounded(self) -> bool:
-        """Whether all logits are known to lie within 60 bits, also when rows are rounded to half precision."""
-        return not isinstance(self.temperature, Tensor) and self.temperature * LN2 * 59 >= 1
 
 
 def in_batch(
@@ -99,7 +96,8 @@ def in_batch(
 
 def against_given(views: Sequence[Tensor], others: Tensor, how: Settings) -> tuple[Tensor, Tensor]:
     """Compare queries and keys, twice (N, D), with negatives (M, D) or (N, M, D) -> losses (N,), and top-1 (N,)."""
-    query, key, others = (unit(x, how.temperature, plainly=how.tile == 0) for x in (*views, others))
+    plainly = how.tile == 0 or others.dim() == 3  # nothing in tiles
+    query, key, others = (unit(x, how.temperature, plainly) for x in (*views, others))
     positive = (query * key).sum(1)
     tile = _default_tile(query) if how.tile is None else how.tile
     if others.dim() == 2 and tile:

@@ -32,6 +32,8 @@ class Kept(torch.autograd.Function):
         rows = narrow(z, products)
         powers = product(rows, rows) if form == "nt-xent" else product(rows[:n], rows[n:])
         positive = powers.diagonal(n if form == "nt-xent" else 0).clone()  # (N,), the same in both directions
+        if products is not None:
+            positive = (z[:n] * z[n:]).sum(1)  # as exact as where there are tiles
         for diagonal in _left_out(powers, n, form):
             diagonal.fill_(-torch.inf)
         dims = {"nt-xent": [1], "two-way": [1, 0], "one-way": [1]}[form]
@@ -70,7 +72,9 @@ def _backward(
         return pull(weights, rows)
     weights = powers * (scale[0][:, None] if form == "one-way" else scale[0][:, None] + scale[1])
     weights.diagonal().copy_(positive)
-    return torch.cat([pull(weights, rows[n:]), pull_back(weights, rows[:n])])
+    moved = [pull(weights, rows[n:]), pull_back(weights, rows[:n])]
+    del weights  # before the next tensor is there
+    return torch.cat(moved)
 
 
 def _left_out(powers: Tensor, n: int, form: str) -> list[Tensor]:

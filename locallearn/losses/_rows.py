@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from locallearn.losses._precision import LN2
+from locallearn.losses._second import Once
 
 
 def transformed(*tensors: Tensor) -> bool:
@@ -29,12 +30,14 @@ def unit(x: Tensor, temperature: float | Tensor, plainly: bool = False) -> Tenso
         temperature = temperature.reshape(()).to(x.dtype)
         factor: Tensor = (temperature * LN2) ** -0.5
         return unit(x, 1 / LN2, plainly) * factor
-    length = (temperature * LN2) ** -0.5
+    length: float = (temperature * LN2) ** -0.5
     if not plainly:
         rows: Tensor = _Unit.apply(x, length)
         return rows
     x = x / _largest(x)
-    return x * (length / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=0.5))
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=0.5)
+    plain: Tensor = x * (length / norm)
+    return plain
 
 
 def _largest(x: Tensor) -> Tensor:
@@ -60,4 +63,5 @@ class _Unit(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         rows, scale = ctx.saved_tensors
         along = (grad * rows).sum(-1, keepdim=True)
-        return torch.addcmul(grad, rows, along, value=-(ctx.length**-2)).mul_(scale), None
+        moved = torch.addcmul(grad, rows, along, value=-(ctx.length**-2)) * scale
+        return Once.apply(rows, moved) if torch.is_grad_enabled() else moved, None

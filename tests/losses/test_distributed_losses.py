@@ -73,6 +73,10 @@ def on_each_rank(rank: int, folder: str) -> None:
         except ValueError as error:
             refusals.append(str(error))
     z = torch.randn(4, 3, dtype=torch.float64)
+    try:
+        torch.func.grad(info_nce)(z, z + 1)
+    except NotImplementedError as error:
+        refusals.append(str(error))
     local = (info_nce(z, z + 1, gather=False), info_nce(z, z + 1, negatives=z - 1))
     one = info_nce(z[:1], z[:1] + 1)  # one pair per rank is three pairs
     leaf = z.clone().requires_grad_()
@@ -174,7 +178,7 @@ def test_local_negatives_alone_would_be_another_loss() -> None:
 
 
 def test_ranks_of_different_width_are_refused_on_every_rank(outcomes: list[tuple]) -> None:
-    for _, (different, equal), *_ in outcomes:
+    for _, (different, equal, _), *_ in outcomes:
         assert "(4, 3), (4, 4), (4, 3)" in different
         assert not equal
 
@@ -227,3 +231,8 @@ def test_join_is_refused_where_it_can_be_seen(outcomes: list[tuple]) -> None:
     for *_, (said, finite) in outcomes:
         assert "InfoNCE gathers rows of every rank" in said
         assert finite
+
+
+def test_torch_func_does_not_reach_other_ranks(outcomes: list[tuple]) -> None:
+    for _, (*_, transformed), *_ in outcomes:
+        assert "gather=False" in transformed

@@ -18,6 +18,7 @@ from locallearn import InfoNCE, info_nce
 from locallearn.losses._positives import _positives
 from locallearn.losses._tiles import _negatives
 
+functions_compiled = pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # of torch 2.6's dynamo itself
 FORMS = ["nt-xent", "two-way", "one-way"]
 LABELS = torch.tensor([0, 1, 0, 2, 1, 0])
 
@@ -26,6 +27,7 @@ def gradients(loss: Tensor, views: list[Tensor]) -> tuple[Tensor, ...]:
     return torch.autograd.grad(loss, views)
 
 
+@functions_compiled
 @pytest.mark.parametrize(
     "options",
     [
@@ -48,6 +50,7 @@ def test_compiles_into_one_graph(options: dict) -> None:
     torch.testing.assert_close(gradients(found, views), gradients(expected, views))
 
 
+@functions_compiled
 @pytest.mark.filterwarnings("ignore:Skipping serialization")  # of torch 2.6 itself
 def test_compiles_with_inductor() -> None:
     torch._dynamo.reset()
@@ -57,7 +60,7 @@ def test_compiles_with_inductor() -> None:
     expected, expected_top1 = module(*views)
     torch.testing.assert_close((loss, top1), (expected, expected_top1))
     inputs = [*views, module.temperature]
-    torch.testing.assert_close(gradients(loss, inputs), gradients(expected, inputs))
+    torch.testing.assert_close(gradients(loss, inputs), gradients(expected, inputs), rtol=1e-5, atol=1e-6)
 
 
 opchecked = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own
