@@ -88,7 +88,7 @@ def linear_cka(
     Example:
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 8))
         >>> model = LocalWrapper(net, [1, 2], decoder=torch.nn.LazyLinear, example=torch.rand(2, 4))
-        >>> print(linear_cka(model, model, [torch.eye(4)]).cka[0][0])
+        >>> round(linear_cka(model, model, [torch.eye(4)]).cka[0][0], 6)
         1.0
     """
     with stage_vectors(model, pool) as mine, stage_vectors(other, pool) as theirs:
