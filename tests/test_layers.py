@@ -38,7 +38,7 @@ INSIDE = {  # likewise within a wing
     "_fitting": [{"attach", "recomputed"}, {"chain", "objective"}, {"outlets"}, {"quiet"}],
     "diagnosis": [
         {"gradients", "memory", "monitor", "quality", "similarity"},
-        {"kept", "reading", "watch"},
+        {"kept", "reading", "taps", "watch"},
         {"measures", "picture"},
     ],
     "memory": [{"planning"}, {"predict"}, {"pieces"}, {"count", "fakes"}],

@@ -146,10 +146,10 @@ def gradient_agreement(
 ) -> GradientAgreement:
     """How a local pass's gradients lie to those of end-to-end training, stage by stage, and the units' to each other.
 
-    The local gradient of a weight is the one that :meth:`~locallearn.LocalWrapper.local_step` adds to ``.grad``. The
-    end-to-end one is that of the top unit's loss, with nothing cut below it. Both are of one batch, in the precision and the
-    mode in which the model is, so they are noisy as any gradient of one batch is. Where only the top unit trains a stage, they
-    are the same.
+    The local gradient of a weight is the one that :meth:`~locallearn.LocalWrapper.local_step` adds to ``.grad``, a
+    penalty's included. The end-to-end one is that of the top unit's loss, with nothing cut below it. Both are of one batch,
+    in the precision and the mode in which the model is, so they are noisy as any gradient of one batch is. Where only the top
+    unit trains a stage, they are the same.
 
     Everything runs on a deep copy: ``.grad``, buffers, modes and random state stay as they are. It takes the whole
     network's graph and a copy of the weights; a part of a batch will do.

@@ -15,6 +15,7 @@ from typing_extensions import Self
 from locallearn.diagnosis.measures import effective_rank, single, spread
 from locallearn.diagnosis.picture import colour, panels
 from locallearn.diagnosis.reading import check_wrapped
+from locallearn.diagnosis.taps import Tap, after
 from locallearn.diagnosis.watch import Watch
 from locallearn.losses import InfoNCE
 from locallearn.schedules import Train
@@ -101,15 +102,12 @@ class Monitor:
         self._taken: dict[str, dict[int, Tensor]] = {}
         self._off: list[Callable[[], object]] = []
         for k, decoder in enumerate(model.decoders):
-            self._off.append(_after(decoder, _Tap(partial(self._embedded, k))))
-        losses = model.loss.modules() if isinstance(model.loss, nn.Module) else ()
-        for loss in losses:
-            if isinstance(loss, InfoNCE):
-                asks = loss.register_forward_pre_hook(_Tap(self._ask), with_kwargs=True)
-                told = loss.register_forward_hook(
-                    _Tap(self._told), prepend=True
-                )  # a monitor before takes the share off
-                self._off += [asks.remove, told.remove]
+            self._off.append(after(decoder, Tap(partial(self._embedded, k))))
+        for loss, units in _contrastive(model).items():
+            asks = loss.register_forward_pre_hook(Tap(partial(self._ask, units)), with_kwargs=True)
+            # a monitor that was there before takes the share off, so it comes later
+            told = loss.register_forward_hook(Tap(self._told), prepend=True)
+            self._off += [asks.remove, told.remove]
 
     @property
     def due(self) -> bool:
@@ -229,7 +227,11 @@ class Monitor:
                 step = -(-len(output) // _ROWS)
                 self._taken.setdefault("rows", {})[k] = output.detach()[::step].clone()
 
-    def _ask(self, loss: InfoNCE, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    def _ask(
+        self, units: set[int], loss: InfoNCE, args: Any, kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]] | None:
+        if self._unit not in units:
+            self._unit = None
         self._asks = self._looking and self._unit is not None and not (loss.return_top1 or "return_top1" in kwargs)
         return (args, kwargs | {"return_top1": True}) if self._asks else None
 
@@ -241,48 +243,13 @@ class Monitor:
         return output[0] if self._asks else None
 
 
-class _Tap:
-    """A hook that stays with the module it was put on: a copy of the module has one that does nothing."""
-
-    def __init__(self, call: Callable[..., Any]) -> None:
-        self._call = call
-
-    def __call__(self, *args: Any) -> Any:
-        return self._call(*args)
-
-    def __deepcopy__(self, memo: object) -> Callable[..., None]:
-        return _nothing
-
-    def __reduce__(self) -> tuple[Callable[[], object], tuple[()]]:
-        return _left_behind, ()
-
-
-def _nothing(*_: object) -> None:
-    pass
-
-
-def _left_behind() -> Callable[..., None]:
-    return _nothing
-
-
-def _after(decoder: nn.Module, tap: _Tap) -> Callable[[], object]:
-    """Calls ``tap(output)`` after each call of ``decoder``; returns what ends that."""
-    compiled: Any = getattr(decoder, "_compiled_call_impl", None)
-    if compiled is None:
-        return decoder.register_forward_hook(_Outputs(tap)).remove
-
-    def call(*args: Any, **kwargs: Any) -> Any:  # hooks inside of compiled code may not run
-        output = compiled(*args, **kwargs)
-        tap(output)
-        return output
-
-    holder: Any = decoder
-    holder._compiled_call_impl = call
-    return lambda: setattr(holder, "_compiled_call_impl", compiled)
-
-
-class _Outputs(_Tap):
-    """A forward hook that hands the output on."""
-
-    def __call__(self, module: nn.Module, args: object, output: object) -> None:
-        self._call(output)
+def _contrastive(model: LocalWrapper) -> dict[InfoNCE, set[int]]:
+    """Every ``InfoNCE`` in the losses, and the units that it may be called for."""
+    units = range(len(model.plan.units))
+    losses: list[Any] = [model.loss[k] if isinstance(model.loss, nn.ModuleList) else model.loss for k in units]
+    found: dict[InfoNCE, set[int]] = {}
+    for k in units:
+        for part in losses[k].modules() if isinstance(losses[k], nn.Module) else ():
+            if isinstance(part, InfoNCE):
+                found.setdefault(part, set()).add(k)
+    return found

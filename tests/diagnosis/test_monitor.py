@@ -144,6 +144,17 @@ def test_top1_is_that_of_an_infonce_inside_of_a_loss_and_absent_elsewhere() -> N
     assert monitor.measured()["top1"].isnan().tolist() == [False, True, False]
 
 
+def test_two_monitors_see_the_same_and_a_loss_that_is_called_by_itself_is_no_units() -> None:
+    model = wrapped(loss=[InfoNCE(), InfoNCE(), lambda a, b: (a - b).square().mean()])
+    one, other = Monitor(model, every=1), Monitor(model, every=1)
+    model.local_step(*views())
+    alone = model.loss[0](*torch.randn(2, 4, 8))
+    assert isinstance(alone, Tensor)
+    flat = one.read()
+    assert flat == other.read()
+    assert [name for name in flat if "top1" in name] == ["top1/unit_0", "top1/unit_1"]
+
+
 def test_the_penalty_is_read_too() -> None:
     model = wrapped(sharing=Soft(0.1))
     monitor = Monitor(model, every=1)
