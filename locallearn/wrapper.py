@@ -9,22 +9,17 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from locallearn._fitting.attach import attach
-from locallearn._fitting.objective import (
-    Loss,
-    ViewsChangedError,
-    concatenated,
-    registered,
-    spared,
-    unit_loss,
-    warn_of_fp16,
-)
-from locallearn._fitting.outlets import check_graph, check_rows, example_batch, probe
+from locallearn._fitting.attach import FromOutlet, attach
+from locallearn._fitting.batches import View, ViewsChangedError, concatenated, example_batch, rows, spared
+from locallearn._fitting.features import Features, Which
+from locallearn._fitting.objective import Loss, registered, unit_loss, warn_of_fp16
+from locallearn._fitting.outlets import check_graph, check_rows, probe
 from locallearn._fitting.recomputed import Policy, runs
 from locallearn._walk.cuts import find, submodules
 from locallearn._walk.gradients import Accumulate, Accumulator, Collect
 from locallearn._walk.local_pass import LocalPass
 from locallearn._walk.segment import leaves
+from locallearn._walk.trees import mapped, tensors
 from locallearn.decoders import ConvMLPDecoder
 from locallearn.distributed import world_size
 from locallearn.losses import InfoNCE
@@ -42,9 +37,10 @@ class LocalWrapper(nn.Module):
     """Trains ``model`` locally: units of neighbouring stages, each by its own loss through a small decoder.
 
     A :term:`stage` ends *after* each submodule named in ``stages``. What comes before the first cut belongs to stage 0; what
-    comes after the last one (pooling, a classifier) runs, but is not trained. Over a cut passes one tensor and nothing else:
-    a skip connection, a reused module or a shared parameter across it is refused. A :term:`unit` is a run of stages with one
-    loss, whose :term:`decoder` reads the :term:`outlet` of the last of them.
+    comes after the last one (pooling, a classifier) runs, but is not trained. Over a cut passes what the submodule returns, a
+    tensor or several in a tuple, list, dict or dataclass, and nothing else: a skip connection, a reused module or a shared
+    parameter across it is refused. A :term:`unit` is a run of stages with one loss, whose :term:`decoder` reads the
+    :term:`outlet` of the last of them.
 
     ``overlap=0`` is Greedy InfoMax, ``overlap=1`` LoCo, ``overlap=len(stages) - 1`` end-to-end training (SimCLR).
 
@@ -66,10 +62,13 @@ class LocalWrapper(nn.Module):
             ``module -> bool``; or a tuple of those, one inside of another too. Gradients, torch's random numbers and
             BatchNorm's statistics stay as they are without it; a part that depends on other state is refused in the first step,
             which compares what it computes the second time.
-        example: a batch that the backbone takes, to find the outlets' widths with; two 224-pixel RGB images by default.
+        example: a batch that the backbone takes, to find the outlets' widths with: a view, or a list of views; two 224-pixel
+            RGB images by default.
         channel_axis: the axis of the outlets that holds the channels: 1 or -1. By default their shape tells, see
             :func:`locallearn._fitting.outlets.channel_axis`. Four-dimensional outlets with channels last reach the decoder with
             channels first.
+        features: which tensor decoders read where stages return several: an index, a key or attribute, or a callable of
+            what a stage returns, which may put several together; by default the first of real numbers.
 
     Attributes:
         backbone: ``model`` itself.
@@ -80,7 +79,7 @@ class LocalWrapper(nn.Module):
         penalty: the sharing's penalty in the last pass (``Soft``), detached, or ``None``.
 
     Raises:
-        TypeError: for arguments of the wrong kind, or an outlet that is not one tensor.
+        TypeError: for arguments of the wrong kind, or an outlet without a tensor for the decoder.
         ValueError: for stages that do not exist, run or follow each other, and for a plan, decoders or losses that do not
             fit them.
 
@@ -107,8 +106,9 @@ class LocalWrapper(nn.Module):
         plan: Plan | None = None,
         schedule: Schedule = sequential,
         checkpoint: Policy = False,
-        example: Tensor | Sequence[Tensor] | None = None,
+        example: View | Sequence[View] | None = None,
         channel_axis: int | None = None,
+        features: Which = None,
     ) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
@@ -134,11 +134,18 @@ class LocalWrapper(nn.Module):
         self._execution = Execution(plan, schedule)
         self.backbone = model
         batch = example_batch(model, example)
-        images = batch.detach().clone()
-        outlets = probe(model, self.stages, images)
-        self._changes_views = images._version > 0
+        self.features = Features(features)
+        copied = mapped(lambda tensor: tensor.detach().clone(), batch)
+        outlets = probe(model, self.stages, copied, self.features)
+        self._changes_views = any(tensor._version > 0 for tensor in tensors(copied))
         self._runs = runs(model, self.stages, checkpoint, batch)
-        self.decoders = attach(decoder, plan, self.sharing, outlets, channel_axis, _under_autocast(model, batch))
+        if checkpoint is True and not self._runs and any(outlet.whole is not None for outlet in outlets):
+            raise ValueError(
+                f"checkpoint=True chooses no submodule of {type(model).__name__}: it takes blocks between which one tensor "
+                "passes. Where blocks return several, name their class: checkpoint=Block"
+            )
+        dtype = _under_autocast(model, tensors(batch)[0].device.type)
+        self.decoders = attach(decoder, plan, self.sharing, outlets, channel_axis, dtype, self.features)
         self.loss = registered(InfoNCE() if loss is None else loss, len(plan.units))
         self._whole = [outlet.module is not None for outlet in outlets]
         self.losses = None
@@ -154,7 +161,7 @@ class LocalWrapper(nn.Module):
         """In what order the plan is carried out."""
         return self._execution.schedule
 
-    def local_step(self, *views: Tensor, targets: Any = None, grad_scale: float | Tensor | None = None) -> Tensor:
+    def local_step(self, *views: View, targets: Any = None, grad_scale: float | Tensor | None = None) -> Tensor:
         """One forward, in which every unit is trained as soon as the schedule says; gradients are added to ``.grad``.
 
         Replaces ``loss = model(*views); loss.backward()``, without ever holding the whole network's graph. Under
@@ -162,8 +169,9 @@ class LocalWrapper(nn.Module):
 
         Args:
             views: one or more batches of the same shape; the backbone sees them as one batch, the loss one by one.
-                No gradient goes to them.
-            targets: handed to the loss as its last argument, if not ``None``.
+                No gradient goes to them. A view is a tensor; or a tuple or a mapping of tensors and constants, which the
+                backbone gets as ``backbone(*view)`` or ``backbone(**view)``.
+            targets: handed to the loss as its last argument, if not ``None``; of any kind and shape.
             grad_scale: for fp16, ``scaler.scale(torch.ones(()))``, on the scaler's device: the gradients come out multiplied
                 by it, for the scaler's ``unscale_`` or ``step``. (``get_scale()`` says the same, but a GradScaler refuses
                 to step before it has scaled something.)
@@ -182,7 +190,7 @@ class LocalWrapper(nn.Module):
             )
         return self._pass(views, targets, Accumulate(), grad_scale)
 
-    def forward(self, *views: Tensor, targets: Any = None, grad_scale: float | Tensor | None = None) -> Tensor:
+    def forward(self, *views: View, targets: Any = None, grad_scale: float | Tensor | None = None) -> Tensor:
         """The sum of the units' losses; its backward adds the same gradients as :meth:`local_step`.
 
         They are computed here, unit by unit, and handed to the weights in backward, so that DistributedDataParallel,
@@ -210,7 +218,7 @@ class LocalWrapper(nn.Module):
 
     def _pass(
         self,
-        views: tuple[Tensor, ...],
+        views: tuple[View, ...],
         targets: Any,
         accumulator: Accumulator | None,
         grad_scale: float | Tensor | None,
@@ -218,16 +226,18 @@ class LocalWrapper(nn.Module):
         batch = concatenated(views, copy=self._changes_views)
         ends = submodules(self.backbone, self.stages)
         if accumulator is not None and grad_scale is None:
-            warn_of_fp16(batch.device.type)
+            warn_of_fp16(tensors(batch)[0].device.type)
 
-        rows = len(batch)
+        length = rows(batch)
 
-        def evaluate(k: int, features: Tensor) -> Tensor:
-            loss = self.loss[k] if isinstance(self.loss, nn.ModuleList) else self.loss
-            if not features.ndim or features.shape[0] != rows:
+        def evaluate(k: int, outlet: Any) -> Tensor:
+            decoder, loss = self.decoders[k], self.loss[k] if isinstance(self.loss, nn.ModuleList) else self.loss
+            features = self.features(outlet)
+            if not features.ndim or features.shape[0] != length:
                 last = self.plan.units[k].last
-                check_rows(last, self.stages[last], features, rows)
-            return unit_loss(k, self.decoders[k], loss, len(views), targets, features)
+                check_rows(last, self.stages[last], features, length)
+            read = outlet if isinstance(decoder, FromOutlet) else features
+            return unit_loss(k, decoder, loss, len(views), targets, read)
 
         torch.clear_autocast_cache()  # a weight cast under no_grad before would be found there, without its graph
         local = LocalPass(
@@ -251,12 +261,11 @@ class LocalWrapper(nn.Module):
             penalty = self.sharing.penalty(self.decoders, stages)
             self.penalty = None if penalty is None else penalty.detach()
             if accumulator is not None and penalty is not None and penalty.requires_grad:
-                accumulator.push(penalty if grad_scale is None else penalty * grad_scale, leaves(penalty), None)
+                accumulator.push(penalty if grad_scale is None else penalty * grad_scale, leaves(penalty), ())
 
 
-def _under_autocast(model: nn.Module, batch: Tensor) -> torch.dtype | None:
+def _under_autocast(model: nn.Module, device: str) -> torch.dtype | None:
     """Under autocast an outlet's dtype does not tell that of weights."""
-    device = batch.device.type
     if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         return None
     return next((weight.dtype for weight in model.parameters() if weight.is_floating_point()), None)

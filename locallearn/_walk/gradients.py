@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from locallearn._walk.segment import Flow, flow
 from locallearn._walk.undo import Reverted
 from locallearn.distributed import in_use
 
@@ -15,24 +16,23 @@ from locallearn.distributed import in_use
 class Accumulator(Protocol):
     """Runs a backward from a scalar into ``weights``."""
 
-    def push(self, root: Tensor, weights: Sequence[Tensor], inlet: Tensor | None) -> list[Tensor]:
-        """Adds the gradients of ``root`` to those of ``weights``, and returns the one at ``inlet`` in a list.
+    def push(self, root: Tensor, weights: Sequence[Tensor], inlets: Sequence[Tensor]) -> Flow:
+        """Adds the gradients of ``root`` to those of ``weights``, and returns those at ``inlets`` in a list.
 
-        The list is its only holder, and is empty where there is no such gradient.
+        The list is their only holder, and is empty where there are no such gradients.
         """
 
 
 class Accumulate:
     """Adds to ``.grad``, with all hooks, exactly as ``loss.backward()`` would."""
 
-    def push(self, root: Tensor, weights: Sequence[Tensor], inlet: Tensor | None) -> list[Tensor]:
-        inputs = [*weights] if inlet is None else [*weights, inlet]
-        if inputs:
+    def push(self, root: Tensor, weights: Sequence[Tensor], inlets: Sequence[Tensor]) -> Flow:
+        if inputs := [*weights, *inlets]:
             torch.autograd.backward(root, inputs=inputs)
-        if inlet is None or inlet.grad is None:
-            return []
-        gradient, inlet.grad = inlet.grad, None
-        return [gradient]
+        gradients = flow([inlet.grad for inlet in inlets])
+        for inlet in inlets:
+            inlet.grad = None
+        return gradients
 
 
 class Collect:
@@ -41,19 +41,18 @@ class Collect:
     def __init__(self) -> None:
         self._gradients: dict[Tensor, Tensor] = {}
 
-    def push(self, root: Tensor, weights: Sequence[Tensor], inlet: Tensor | None) -> list[Tensor]:
-        inputs = [*weights] if inlet is None else [*weights, inlet]
-        if not inputs:
+    def push(self, root: Tensor, weights: Sequence[Tensor], inlets: Sequence[Tensor]) -> Flow:
+        if not (inputs := [*weights, *inlets]):
             return []
         off = _hooks_off(weights)
         with off, off:
             gradients = list(torch.autograd.grad(root, inputs, allow_unused=True))
-        at_inlet = gradients.pop() if inlet is not None else None
-        for weight, gradient in zip(weights, gradients, strict=True):
+        at_inlets = flow(gradients[len(weights) :])
+        for weight, gradient in zip(weights, gradients, strict=False):
             if gradient is not None:
                 known = self._gradients.get(weight)
                 self._gradients[weight] = gradient if known is None else known + gradient
-        return [] if at_inlet is None else [at_inlet]
+        return at_inlets
 
     def deliver(self, total: Tensor, scale: float | Tensor, weights: Iterable[Tensor]) -> Tensor:
         """``total`` as a tensor whose backward hands over the gradients, times the incoming gradient over ``scale``.

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from locallearn._fitting.batches import View, plain_views
 from locallearn.diagnosis.measures import single
 from locallearn.diagnosis.picture import colour, panels
 from locallearn.diagnosis.reading import check_wrapped
@@ -140,7 +141,7 @@ def _number(value: float | None) -> float:
 
 def gradient_agreement(
     model: LocalWrapper,
-    *views: Tensor,
+    *views: View,
     targets: Any = None,
     groups: Callable[[str, nn.Parameter], str] | None = None,
 ) -> GradientAgreement:
@@ -161,7 +162,7 @@ def gradient_agreement(
         groups: ``groups(name, weight)`` names the group of a weight of the backbone; by default the type of its module.
 
     Raises:
-        TypeError: if the model is not wrapped, or a view is not a tensor.
+        TypeError: if the model is not wrapped, or a view is neither a tensor nor a tuple or mapping of some.
         ValueError: without views.
         RuntimeError: if the model cannot be copied.
 
@@ -173,17 +174,14 @@ def gradient_agreement(
         (1.0, 1.0)
     """
     check_wrapped(model)
-    if not views:
-        raise ValueError("gradients are those of a batch; got no views")
-    if wrong := [type(view).__name__ for view in views if not isinstance(view, Tensor)]:
-        raise TypeError(f"views are tensors, one argument per view; got {wrong}")
+    inputs = plain_views(views)
     copy = copied(model)
     named = groups or _by_type(copy.backbone)
     with replayed():
-        outlets, losses = forward(copy, views, targets)
+        outlets, losses = forward(copy, inputs, targets)
         penalty = penalty_of(copy)
         stages = weights_of_stages(outlets)
-        with torch.autocast(views[0].device.type, enabled=False):
+        with torch.autocast(losses[0].device.type, enabled=False):
             units = [
                 _gradients(loss, [weight for stage in unit.updates for weight in stages[stage]])
                 for unit, loss in zip(copy.plan.units, losses, strict=True)

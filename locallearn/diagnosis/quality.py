@@ -139,7 +139,7 @@ def stage_quality(
     k: int = 20,
     temperature: float = 0.07,
     linear_probe: bool = True,
-    augment: Callable[[Tensor], Tensor] | None = None,
+    augment: Callable[[Any], Any] | None = None,
     pool: Pool | None = None,
     sample: int = 20_000,
     folder: str | PathLike[str] | None = None,
@@ -160,13 +160,14 @@ def stage_quality(
 
     Args:
         model: a wrapped backbone.
-        train: batches ``(images, labels)``, as a DataLoader gives them.
+        train: batches ``(images, labels)``, as a DataLoader gives them; a tuple or a mapping instead of images is arguments of
+            the backbone.
         test: likewise, of other images.
         k: how many neighbours vote.
         temperature: how much the nearest ones count more.
         linear_probe: whether to fit one.
         augment: makes a random :term:`view` of a batch; without it there is no alignment.
-        pool: makes vectors ``(N, C)`` of an outlet; such as a class token, ``lambda outlet: outlet[:, 0]``.
+        pool: makes vectors ``(N, C)`` of what decoders read of an outlet; such as a class token, ``lambda outlet: outlet[:, 0]``.
         sample: how many training images are kept in memory.
         folder: where all training images' vectors go meanwhile, 4 bytes a number.
 
@@ -212,7 +213,7 @@ def stage_quality(
         for images, labels in labelled("test", test):
             found = [single(rows) for rows in vectors(images)]
             views = [vectors(augment(images)) for _ in range(2)] if augment is not None else None
-            count += len(images)
+            count += len(labels)
             some.add(found)
             for stage, rows in enumerate(found):
                 winners = classes[vote(rows, known_rows[stage], known_classes, k, temperature).cpu()]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -10,9 +10,11 @@ import torch
 from einops import reduce
 from torch import Tensor, nn
 
+from locallearn._fitting.batches import View, rows, told
 from locallearn._fitting.outlets import agreed_axis
 from locallearn._fitting.quiet import undisturbed
-from locallearn._walk.cuts import check_order, hooked, one_tensor, submodules
+from locallearn._walk.cuts import check_order, checked, hooked, submodules
+from locallearn._walk.trees import called, mapped
 from locallearn.testing.copies import replayed
 from locallearn.wrapper import LocalWrapper
 
@@ -20,14 +22,14 @@ Pool = Callable[[Tensor], Tensor]
 
 
 @contextmanager
-def stage_vectors(model: LocalWrapper, pool: Pool | None) -> Iterator[Callable[[Tensor], list[Tensor]]]:
+def stage_vectors(model: LocalWrapper, pool: Pool | None) -> Iterator[Callable[[View], list[Tensor]]]:
     """While open, yields what reads a batch: every stage's vectors ``[(N, C_k), ...]``, from the lowest stage to the top.
 
     Afterwards modes, buffers and random state are as they were.
 
     Args:
         model: whose backbone runs, on the device where its weights are.
-        pool: makes vectors ``(N, C)`` of an outlet; by default its mean over positions.
+        pool: makes vectors ``(N, C)`` of what decoders read of an outlet; by default its mean over positions.
     """
     check_wrapped(model)
     backbone, quiet = model.backbone, undisturbed(model.backbone)
@@ -35,17 +37,18 @@ def stage_vectors(model: LocalWrapper, pool: Pool | None) -> Iterator[Callable[[
     sizes = [weight.shape for weight in backbone.parameters()]
     device = next((weight.device for weight in backbone.parameters()), None)
 
-    def read(images: Tensor) -> list[Tensor]:
+    def read(images: View) -> list[Tensor]:
         found: list[Tensor] = []
+        count = rows(images)
         ran: list[int] = []
 
         def keep(stage: int, output: object) -> object:
             ran.append(stage)
-            outlet = one_tensor(stage, model.stages[stage], output)
+            outlet = model.features(checked(stage, model.stages[stage], output))
             vectors = averaged(outlet, sizes) if pool is None else pool(outlet)
-            if vectors.ndim != 2 or len(vectors) != len(images):
+            if vectors.ndim != 2 or (count is not None and len(vectors) != count):
                 raise ValueError(
-                    f"pool= makes vectors (N, C), one per image; for {len(images)} images and the outlet of stage {stage}, of "
+                    f"pool= makes vectors (N, C), one per image; for {count} images and the outlet of stage {stage}, of "
                     f"shape {tuple(outlet.shape)}, it returned shape {tuple(vectors.shape)}"
                 )
             found.append(vectors.detach().clone())  # what follows may work in place
@@ -53,7 +56,7 @@ def stage_vectors(model: LocalWrapper, pool: Pool | None) -> Iterator[Callable[[
 
         hooks = hooked(ends, keep)
         with hooks, hooks, torch.no_grad():
-            backbone(images.detach().clone().to(device))
+            called(backbone, mapped(lambda tensor: tensor.detach().clone().to(device), images))
         check_order(model.stages, ran, backbone)
         return found
 
@@ -90,8 +93,8 @@ def check_wrapped(model: object) -> None:
     raise TypeError(f"stages are looked at in a LocalWrapper; got {kind}. {advice}")
 
 
-def labelled(part: str, batches: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of ``part``, each images ``(N, ...)`` and labels ``(N,)``.
+def labelled(part: str, batches: Iterable[Any]) -> Iterator[tuple[View, Tensor]]:
+    """The batches of ``part``, each images, or what else the backbone takes, and labels ``(N,)``.
 
     Raises:
         TypeError: for batches of another kind.
@@ -99,17 +102,20 @@ def labelled(part: str, batches: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor
     """
     empty = True
     for batch in batches:
-        if not (isinstance(batch, Sequence) and len(batch) == 2 and all(isinstance(x, Tensor) for x in batch)):
-            kind = type(batch).__name__
+        pair: Any = batch if isinstance(batch, Sequence) and len(batch) == 2 else (None, None)
+        if not (isinstance(pair[0], Tensor | tuple | Mapping) and isinstance(pair[1], Tensor)):
             kinds = f" of {[type(x).__name__ for x in batch]}" if isinstance(batch, Sequence) else ""
-            raise TypeError(f"{part} yields batches (images, labels), two tensors each; got a {kind}{kinds}")
-        images, labels = batch
-        if labels.is_floating_point() or labels.is_complex() or labels.shape != images.shape[:1]:
+            raise TypeError(
+                f"{part} yields batches (images, labels), both tensors; got a {type(batch).__name__}{kinds}"
+            )
+        images, labels = pair
+        count = rows(images)
+        if labels.is_floating_point() or labels.is_complex() or labels.ndim != 1 or count not in (None, len(labels)):
             raise ValueError(
                 f"labels are one whole number per image; {part} has labels of shape {tuple(labels.shape)} and {labels.dtype} for "
-                f"images of shape {tuple(images.shape)}"
+                f"{told(images)}"
             )
-        if len(images):
+        if len(labels):
             empty = False
             yield images, labels
     if empty:

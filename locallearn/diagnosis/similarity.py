@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from os import PathLike
 from typing import Any
@@ -96,11 +96,11 @@ def linear_cka(
         selves = [[Moments() for _ in wrapped.stages] for wrapped in (model, other)]
         images = 0
         for batch in batches:
-            batch = batch[0] if isinstance(batch, list | tuple) and batch else batch  # noqa: PLW2901
-            if not isinstance(batch, Tensor):
-                raise TypeError(f"batches are images, or (images, labels); got a {type(batch).__name__}")
-            images += len(batch)
-            found = mine(batch), theirs(batch)
+            inputs = batch[0] if isinstance(batch, list | tuple) and batch else batch
+            if not isinstance(inputs, Tensor | tuple | Mapping):
+                raise TypeError(f"batches are images, or (images, labels); got a {type(inputs).__name__}")
+            found = mine(inputs), theirs(inputs)
+            images += len(found[0][0])
             for known, rows in zip(selves, found, strict=True):
                 for moments, one in zip(known, rows, strict=True):
                     moments.add(one)

@@ -158,7 +158,7 @@ def test_what_cannot_be_compared_is_refused(monkeypatch: pytest.MonkeyPatch, tmp
         gradient_agreement(model.backbone, *views())
     with pytest.raises(TypeError, match=r"got Parallel\. Take what it wraps, `.module`"):
         gradient_agreement(Parallel(model), *views())
-    with pytest.raises(ValueError, match="no views"):
+    with pytest.raises(ValueError, match="at least one view; got none"):
         gradient_agreement(model)
     with pytest.raises(TypeError, match=r"got \['list'\]"):
         gradient_agreement(model, [1, 2])

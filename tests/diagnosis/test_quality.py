@@ -174,7 +174,7 @@ def test_it_prints_saves_and_gives_plain_numbers(tmp_path: Path) -> None:
         (lambda x: x, TypeError, r"train yields batches \(images, labels\).*got a Tensor"),
         (lambda x: (x, [1, 2]), TypeError, r"got a tuple of \['Tensor', 'list'\]"),
         (lambda x: (x, torch.rand(4)), ValueError, "one whole number per image; train has labels of shape"),
-        (lambda x: (x, torch.arange(3)), ValueError, r"shape \(3,\) and torch.int64 for images"),
+        (lambda x: (x, torch.arange(3)), ValueError, r"shape \(3,\) and torch.int64 for a batch of shape"),
         (lambda x: (x, torch.zeros(4, dtype=torch.long)), ValueError, "the training labels have only one"),
     ],
 )
