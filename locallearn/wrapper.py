@@ -228,16 +228,16 @@ class LocalWrapper(nn.Module):
         if accumulator is not None and grad_scale is None:
             warn_of_fp16(tensors(batch)[0].device.type)
 
-        length = rows(batch)
+        length, decoders, features_of = rows(batch), [*self.decoders], self.features
+        each = [*self.loss] if isinstance(self.loss, nn.ModuleList) else [self.loss] * len(decoders)
 
         def evaluate(k: int, outlet: Any) -> Tensor:
-            decoder, loss = self.decoders[k], self.loss[k] if isinstance(self.loss, nn.ModuleList) else self.loss
-            features = self.features(outlet)
+            decoder, features = decoders[k], features_of(outlet)
             if not features.ndim or features.shape[0] != length:
                 last = self.plan.units[k].last
                 check_rows(last, self.stages[last], features, length)
             read = outlet if isinstance(decoder, FromOutlet) else features
-            return unit_loss(k, decoder, loss, len(views), targets, read)
+            return unit_loss(k, decoder, each[k], len(views), targets, read)
 
         torch.clear_autocast_cache()  # a weight cast under no_grad before would be found there, without its graph
         local = LocalPass(

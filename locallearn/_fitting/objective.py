@@ -36,7 +36,7 @@ def unit_loss(k: int, decoder: nn.Module, loss: Loss, views: int, targets: Any, 
         raise ValueError(
             f"the loss of unit {k} has lost the graph of what it was given; does it detach, or use no_grad?"
         )
-    return value.reshape(())
+    return value.reshape(()) if value.ndim else value
 
 
 def _split(k: int, output: Any, views: int) -> Sequence[Any]:

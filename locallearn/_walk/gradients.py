@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,12 +12,16 @@ from locallearn._walk.segment import Flow, flow
 from locallearn._walk.undo import Reverted
 from locallearn.distributed import in_use
 
+Roots: TypeAlias = Tensor | Sequence[Tensor]
+
 
 class Accumulator(Protocol):
-    """Runs a backward from a scalar into ``weights``."""
+    """Runs a backward from ``roots``, a scalar or tensors at which the gradients are ``gradients``, into ``weights``."""
 
-    def push(self, root: Tensor, weights: Sequence[Tensor], inlets: Sequence[Tensor]) -> Flow:
-        """Adds the gradients of ``root`` to those of ``weights``, and returns those at ``inlets`` in a list.
+    def push(
+        self, roots: Roots, weights: Sequence[Tensor], inlets: Sequence[Tensor], gradients: Flow | None = None
+    ) -> Flow:
+        """Adds to the gradients of ``weights``, and returns those at ``inlets`` in a list.
 
         The list is their only holder, and is empty where there are no such gradients.
         """
@@ -26,13 +30,15 @@ class Accumulator(Protocol):
 class Accumulate:
     """Adds to ``.grad``, with all hooks, exactly as ``loss.backward()`` would."""
 
-    def push(self, root: Tensor, weights: Sequence[Tensor], inlets: Sequence[Tensor]) -> Flow:
+    def push(
+        self, roots: Roots, weights: Sequence[Tensor], inlets: Sequence[Tensor], gradients: Flow | None = None
+    ) -> Flow:
         if inputs := [*weights, *inlets]:
-            torch.autograd.backward(root, inputs=inputs)
-        gradients = flow([inlet.grad for inlet in inlets])
+            torch.autograd.backward(roots, gradients, inputs=inputs)
+        at_inlets = flow([inlet.grad for inlet in inlets])
         for inlet in inlets:
             inlet.grad = None
-        return gradients
+        return at_inlets
 
 
 class Collect:
@@ -41,14 +47,16 @@ class Collect:
     def __init__(self) -> None:
         self._gradients: dict[Tensor, Tensor] = {}
 
-    def push(self, root: Tensor, weights: Sequence[Tensor], inlets: Sequence[Tensor]) -> Flow:
+    def push(
+        self, roots: Roots, weights: Sequence[Tensor], inlets: Sequence[Tensor], gradients: Flow | None = None
+    ) -> Flow:
         if not (inputs := [*weights, *inlets]):
             return []
         off = _hooks_off(weights)
         with off, off:
-            gradients = list(torch.autograd.grad(root, inputs, allow_unused=True))
-        at_inlets = flow(gradients[len(weights) :])
-        for weight, gradient in zip(weights, gradients, strict=False):
+            found = list(torch.autograd.grad(roots, inputs, gradients, allow_unused=True))
+        at_inlets = flow(found[len(weights) :])
+        for weight, gradient in zip(weights, found, strict=False):
             if gradient is not None:
                 known = self._gradients.get(weight)
                 self._gradients[weight] = gradient if known is None else known + gradient

@@ -32,13 +32,13 @@ class Isolation:
         self._backbone = backbone
         self._cuts = cuts
         self._users: dict[Tensor, str] = {}
-        self._inlets: list[tuple[int, ref[Tensor]]] = []  # weak: an inlet is as large as an activation
+        self._inlets: dict[int, tuple[int, ref[Tensor]]] = {}  # by id; weak: an inlet is as large as an activation
         self._made = -1  # the number of the last node of the graphs that stages have ended with
 
     def opens(self, stage: int, inlets: Iterable[Tensor]) -> None:
         """The graph of ``stage`` begins at ``inlets``."""
-        self._inlets = [(below, known) for below, known in self._inlets if known() is not None]
-        self._inlets += [(stage, ref(inlet)) for inlet in inlets]
+        for inlet in inlets:
+            self._inlets[id(inlet)] = stage, ref(inlet)
 
     def claim_stage(self, stage: int, weights: Iterable[Tensor], outlets: Sequence[Tensor] = ()) -> None:
         """``stage`` uses ``weights`` on the way to ``outlets``.
@@ -56,10 +56,14 @@ class Isolation:
         self._claim("a decoder or a loss", weights, ())
 
     def _claim(self, user: str, weights: Iterable[Tensor], outlets: Sequence[Tensor]) -> None:
-        inlets = {inlet: stage for stage, known in self._inlets if (inlet := known()) is not None}
-        crossing = [w for w in weights if w in inlets or self._users.setdefault(w, user) != user]
+        crossing = [w for w in weights if self._is_inlet(w) or self._users.setdefault(w, user) != user]
         if crossing:
+            inlets = {inlet: stage for stage, known in self._inlets.values() if (inlet := known()) is not None}
             raise ValueError(f"{user} uses {self._told(user, crossing, inlets, outlets)}")
+
+    def _is_inlet(self, leaf: Tensor) -> bool:
+        known = self._inlets.get(id(leaf))
+        return known is not None and known[1]() is leaf
 
     def _told(self, user: str, crossing: Sequence[Tensor], inlets: dict[Tensor, int], outlets: Sequence[Tensor]) -> str:
         """What crosses a cut, and what to do."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
+from functools import cache
 from types import MappingProxyType
 from typing import Any
 
@@ -18,7 +19,7 @@ from locallearn._walk.hooks import has_backward_hooks
 from locallearn._walk.isolation import Isolation
 from locallearn._walk.recompute import Run, in_checkpoint, possible, recomputed
 from locallearn._walk.replay import Learnt
-from locallearn._walk.segment import Flow, Segment, added, cut, leaves, overlapping, unchanged, version
+from locallearn._walk.segment import Flow, Segment, added, changes_outlet, cut, leaves, overlapping, version
 from locallearn._walk.trees import called
 from locallearn.plan import Unit
 from locallearn.schedules.actions import Execution, Train
@@ -91,7 +92,8 @@ class LocalPass:
                 "which overwrites what it has saved in its first backward. Set torch._functorch.config.donated_buffer = False "
                 "before anything is compiled"
             ) from error
-        check_order(self._cuts, self._ran, self._backbone)
+        if not self._in_order or len(self._ran) != len(self._cuts):
+            check_order(self._cuts, self._ran, self._backbone)
         return [self._losses[k] for k in range(len(self._units))]
 
     def _outlet(self, stage: int, output: object) -> object:
@@ -113,22 +115,30 @@ class LocalPass:
             self._segments[stage] = Segment(outlet, self._inlets)
             self._isolation.claim_stage(stage, self._segments[stage].weights, self._segments[stage].outlets)
         self._actions.popleft()
-        trains = self._accumulator is not None  # whatever the backbone has set around the end of the stage
-        outside = torch.inference_mode(False) if trains and torch.is_inference_mode_enabled() else nullcontext()
-        with outside, torch.set_grad_enabled(trains):
-            while self._actions and isinstance(action := self._actions[0], Train):
-                self._actions.popleft()
-                self._train(action.unit)
-            crossed = any(self._walks_below(unit, stage + 1) for unit in self._spanning[stage])
-            # hooks on the backward of a stage's first module see a gradient of its input, whether it is walked on or not
-            asked = crossed or (self._watched and stage + 1 in self._last_uses)
-            self._inlets, handed_on = cut(outlet, differentiable=asked, inference=True)
+        trains = self._accumulator is not None
+        if torch.is_grad_enabled() == trains and not torch.is_inference_mode_enabled():
+            handed_on = self._due(stage, outlet)
+        else:  # whatever the backbone has set around the end of the stage
+            outside = torch.inference_mode(False) if trains and torch.is_inference_mode_enabled() else nullcontext()
+            with outside, torch.set_grad_enabled(trains):
+                handed_on = self._due(stage, outlet)
         if self._inlets:
             self._isolation.opens(stage + 1, self._inlets)
         if stage == self._highest:
             torch.set_grad_enabled(False)
         elif not isinstance(outlet, Tensor):
             self._overlapping = overlapping(outlet)
+        return handed_on
+
+    def _due(self, stage: int, outlet: Any) -> Any:
+        """Trains the units that are due when ``stage`` has ended, and cuts its outlet; returns what to go on with."""
+        while self._actions and isinstance(action := self._actions[0], Train):
+            self._actions.popleft()
+            self._train(action.unit)
+        crossed = any(self._walks_below(unit, stage + 1) for unit in self._spanning[stage])
+        # hooks on the backward of a stage's first module see a gradient of its input, whether it is walked on or not
+        asked = crossed or (self._watched and stage + 1 in self._last_uses)
+        self._inlets, handed_on = cut(outlet, differentiable=asked)
         return handed_on
 
     def _check_overlapping(self, stage: int) -> None:
@@ -159,12 +169,22 @@ class LocalPass:
                 "the next stage begins with an in-place operation. Build it with inplace=False, or train the unit as soon "
                 "as the stage has run (schedule=sequential)"
             )
-        with unchanged(segment.outlet, f"the decoder or the loss of unit {k}"):
-            inlets, outlet = cut(segment.outlet, differentiable=self._walks_below(unit, unit.last + 1))
+        asked = self._walks_below(unit, unit.last + 1)
+        inlets, outlet = cut(segment.outlet, differentiable=asked, onward=False)
+        try:
             loss = self._evaluate(k, outlet)
+        except RuntimeError as error:
+            if inlets and "a leaf Variable that requires grad" in str(error):
+                raise changes_outlet(f"the decoder or the loss of unit {k}") from error
+            raise
+        if segment.changed():
+            raise changes_outlet(f"the decoder or the loss of unit {k}")
         torch.clear_autocast_cache()  # which would keep the casts of weights whose graphs are freed below
         self._losses[k] = loss.detach()
-        with _autocast_off(loss.device.type):
+        if _autocasts(loss.device.type):
+            with torch.autocast(loss.device.type, enabled=False):
+                self._walk(k, self._through_decoder(loss, inlets))
+        else:
             self._walk(k, self._through_decoder(loss, inlets))
 
     def _through_decoder(self, loss: Tensor, inlets: list[Tensor]) -> Flow:
@@ -204,9 +224,11 @@ class LocalPass:
         assert self._accumulator is not None or not box
         if self._accumulator is None or not box:
             return []
-        root = segment.seed(box)
+        roots, gradients = segment.start(box)
         segment.let_go()
-        flow = self._accumulator.push(root, segment.weights, segment.inlets if below or self._watched else ())
+        flow = self._accumulator.push(
+            roots, segment.weights, segment.inlets if below or self._watched else (), gradients
+        )
         return flow if below else []
 
 
@@ -214,7 +236,10 @@ def _first_line(error: Exception) -> str:
     return f"torch says: {str(error).strip().splitlines()[0]}" if str(error).strip() else ""
 
 
-def _autocast_off(device: str) -> AbstractContextManager[object]:
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
-        return nullcontext()
-    return torch.autocast(device, enabled=False)
+@cache
+def _knows_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
+
+
+def _autocasts(device: str) -> bool:
+    return _knows_autocast(device) and torch.is_autocast_enabled(device)

@@ -14,6 +14,9 @@ from locallearn._walk.trees import mapped, tensors
 Flow: TypeAlias = list[Tensor | None]  # the gradients of a unit at the tensors of an outlet; empty if there are none
 
 
+SMALL = 2**16  # bytes of gradients that may live until a backward has ended, since that is quicker
+
+
 class _Alias(torch.autograd.Function):
     """The identity. Unlike a leaf, its result may be changed in place: a stage may begin with ``ReLU(inplace=True)``."""
 
@@ -47,7 +50,7 @@ class _Seed(torch.autograd.Function):
         return gradients
 
 
-def cut(outlet: Any, *, differentiable: bool, inference: bool = False) -> tuple[list[Tensor], Any]:
+def cut(outlet: Any, *, differentiable: bool, onward: bool = True) -> tuple[list[Tensor], Any]:
     """Cuts the graph after ``outlet``: of a tensor this is just ``outlet.detach()``, or a copy that a graph may keep.
 
     Of several tensors, each that has a graph is cut; the rest stays what it is, and so does which of them are identical.
@@ -55,7 +58,8 @@ def cut(outlet: Any, *, differentiable: bool, inference: bool = False) -> tuple[
     Args:
         outlet: a tensor, or several of them in a pytree.
         differentiable: whether somebody asks for the gradients there.
-        inference: whether what is handed on goes back to where inference mode is on, which needs no copy.
+        onward: whether the backbone goes on with what is handed on, and may change it in place, or is in inference mode, where
+            no copy is needed. A decoder does neither.
 
     Returns:
         the leaves that gather the gradients from above, one for each of :func:`differentiable` tensors (none if nobody asks
@@ -66,8 +70,8 @@ def cut(outlet: Any, *, differentiable: bool, inference: bool = False) -> tuple[
         leaf = outlet.clone() if is_inference and not torch.is_inference_mode_enabled() else outlet.detach()
         if differentiable and outlet.requires_grad:
             leaf.requires_grad_()
-            return [leaf], _Alias.apply(leaf)
-        return [], outlet if is_inference and inference else leaf
+            return [leaf], _Alias.apply(leaf) if onward else leaf
+        return [], outlet if is_inference and onward else leaf
     leaves: list[Tensor] = []
     known: dict[Tensor, Tensor] = {}
 
@@ -75,7 +79,7 @@ def cut(outlet: Any, *, differentiable: bool, inference: bool = False) -> tuple[
         if not tensor.requires_grad and not tensor.is_inference():
             return tensor
         if tensor not in known:
-            begins, known[tensor] = cut(tensor, differentiable=differentiable, inference=inference)
+            begins, known[tensor] = cut(tensor, differentiable=differentiable, onward=onward)
             leaves.extend(begins)
         return known[tensor]
 
@@ -108,7 +112,8 @@ def leaves(*roots: Tensor, beyond: Sequence[Tensor] = ()) -> list[Tensor]:
         kind = type(node).__name__
         if kind == "AccumulateGrad":
             found.append(node.variable)
-        elif kind == "CheckpointFunctionBackward":
+            continue
+        if kind == "CheckpointFunctionBackward":
             raise RuntimeError(
                 "reentrant checkpointing hides its weights from the graph. Use torch.utils.checkpoint.checkpoint(..., "
                 "use_reentrant=False)"
@@ -148,19 +153,26 @@ class Segment:
         """Forgets the outlet, and with it the graph."""
         del self.outlet, self.outlets
 
-    def seed(self, box: Flow) -> Tensor:
-        """A scalar from which a backward through the stage starts, with the gradients in ``box`` at the outlets."""
+    def start(self, box: Flow) -> tuple[Sequence[Tensor], Flow | None]:
+        """From what a backward through the stage starts, for torch.autograd: its outlets, and the gradients in ``box``.
+
+        If those are large it is a scalar, which takes them out of the box.
+        """
         roots = self.outlets
         if len(box) > 1:  # some of them may be None
             roots = [outlet for outlet, gradient in zip(roots, box, strict=True) if gradient is not None]
             box[:] = [gradient for gradient in box if gradient is not None]
-        seeded: Tensor = _Seed.apply(box, *roots)
-        return seeded
+        if sum([gradient.nbytes for gradient in box]) > SMALL:
+            return (_Seed.apply(box, *roots),), None
+        gradients = [*box]
+        box.clear()
+        return roots, gradients
 
     def pull(self, box: Flow, *, retain: bool) -> Flow:
         """Takes the gradients at the outlets, returns those at the inlets, and computes no weight gradients."""
         assert self.inlets
-        return flow(torch.autograd.grad(self.seed(box), self.inlets, retain_graph=retain, allow_unused=True))
+        roots, gradients = self.start(box)
+        return flow(torch.autograd.grad(roots, self.inlets, gradients, retain_graph=retain, allow_unused=True))
 
 
 def flow(gradients: Sequence[Tensor | None]) -> Flow:
@@ -208,15 +220,21 @@ def unchanged(outlet: Any, who: str) -> Iterator[None]:
     before = versions(outlet)
     yield
     if versions(outlet) != before:
-        raise RuntimeError(
-            f"{who} changes the outlet that it reads in place, but the next stage still needs it. Begin with an operation "
-            "that is not in place, such as ReLU(inplace=False)"
-        )
+        raise changes_outlet(who)
+
+
+def changes_outlet(who: str) -> RuntimeError:
+    return RuntimeError(
+        f"{who} changes the outlet that it reads in place, but the next stage still needs it. Begin with an operation "
+        "that is not in place, such as ReLU(inplace=False)"
+    )
 
 
 def versions(outlet: Any) -> int | list[int]:
     """:func:`version` of every tensor in ``outlet``."""
-    return version(outlet) if isinstance(outlet, Tensor) else [version(tensor) for tensor in tensors(outlet)]
+    if isinstance(outlet, Tensor):
+        return 0 if outlet.is_inference() else outlet._version
+    return [version(tensor) for tensor in tensors(outlet)]
 
 
 def version(tensor: Tensor) -> int:

@@ -182,7 +182,8 @@ def _backward(live: LiveBytes, outlet: Any, inlets: Sequence[Tensor]) -> tuple[i
 
     def last() -> None:
         if segment.outlets:
-            Accumulate().push(segment.seed(ones()), segment.weights, inlets)
+            roots, gradients = segment.start(ones())
+            Accumulate().push(roots, segment.weights, inlets, gradients)
 
     return pull, _peak(live, last), sum(weight.numel() for weight in segment.weights)
 

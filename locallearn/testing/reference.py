@@ -202,18 +202,19 @@ def graph(root: Tensor) -> tuple[list[Tensor], set[torch.dtype]]:
     """Every leaf that the graph of ``root`` reaches, and the floating dtypes of all that was computed on the way."""
     found = {id(root): root} if root.grad_fn is None and root.requires_grad else {}
     dtypes = {root.dtype}
-    seen: set[tuple[object, int]] = set()
+    seen: set[object] = set()
     stack: list[tuple[Any, int]] = [(root.grad_fn, root.output_nr)]
     while stack:
-        node, index = stack.pop()
-        if node is None or (node, index) in seen:
+        node, result = stack.pop()
+        if node is None:
+            continue
+        if results := getattr(node, "_input_metadata", ()):  # of those that no gradient reaches it tells nothing
+            dtypes.add(results[result].dtype)
+        if node in seen:
             continue
         if hasattr(node, "variable"):
             found[id(node.variable)] = node.variable
-        results = getattr(node, "_input_metadata", ())  # of which others may lead nowhere, such as a share for logging
-        dtypes |= {result.dtype for result in results[index : index + 1]}
         stack += node.next_functions
-        seen.add((node, index))
     return list(found.values()), {dtype.to_real() for dtype in dtypes if dtype.is_floating_point or dtype.is_complex}
 
 
