@@ -212,6 +212,7 @@ def graph(root: Tensor) -> tuple[list[Tensor], set[torch.dtype]]:
             dtypes.add(results[result].dtype)
         if node in seen:
             continue
+        seen.add(node)
         if hasattr(node, "variable"):
             found[id(node.variable)] = node.variable
         stack += node.next_functions

@@ -121,8 +121,8 @@ def test_check_finds_a_gradient_that_is_wrong(
 
     right = Accumulate.push
 
-    def wrong(self: Accumulate, root: Tensor, weights: Sequence[Tensor], inlet: Tensor | None) -> list[Tensor]:
-        found = right(self, root, weights, inlet)
+    def wrong(self: Accumulate, root: Any, weights: Sequence[Tensor], *rest: Any) -> Any:
+        found = right(self, root, weights, *rest)
         for weight in weights[:1]:
             weight.grad *= 1.5
         return found
