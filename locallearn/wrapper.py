@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeAlias
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from locallearn._fitting.attach import FromOutlet, attach
+from locallearn._fitting.attach import Decoder, FromOutlet, attach
 from locallearn._fitting.batches import View, ViewsChangedError, concatenated, example_batch, rows, spared
 from locallearn._fitting.features import Features, Which
 from locallearn._fitting.objective import Loss, registered, unit_loss, warn_of_fp16
@@ -20,15 +20,12 @@ from locallearn._walk.gradients import Accumulate, Accumulator, Collect
 from locallearn._walk.local_pass import LocalPass
 from locallearn._walk.segment import leaves
 from locallearn._walk.trees import mapped, tensors
-from locallearn.decoders import ConvMLPDecoder
 from locallearn.distributed import world_size
 from locallearn.losses import InfoNCE
 from locallearn.plan import Plan
 from locallearn.schedules import Schedule, sequential
 from locallearn.schedules.actions import Execution
 from locallearn.sharing import Hard, Sharing
-
-Decoder: TypeAlias = Callable[[int], nn.Module] | Sequence[nn.Module]
 
 _SUCH_AS = {"sharing": "UpperOnly()", "plan": "Plan.windows(4, overlap=1)"}
 
@@ -51,7 +48,8 @@ class LocalWrapper(nn.Module):
             by :func:`locallearn.plan_stages`, for the lowest peak of 64 inputs as large as ``example``.
         overlap: how many stages neighbouring units share.
         decoder: ``decoder(width)`` makes a unit's decoder for an outlet of that many channels; or a list of modules, one
-            per unit. See :mod:`locallearn.decoders`.
+            per unit. ``"auto"`` picks by the outlet's shape, see :func:`locallearn.decoders.fitting.fitting`. See
+            :mod:`locallearn.decoders`.
         loss: called as ``loss(*outputs)`` with the decoder's output for each view, or ``loss(*outputs, targets)``;
             returns a scalar. One for all units or a list with one per unit; default ``InfoNCE()``. Modules are registered.
         sharing: ``Hard()`` (default), ``UpperOnly()`` or ``Soft(coefficient)``: the rows of Table 5.
@@ -64,8 +62,9 @@ class LocalWrapper(nn.Module):
             which compares what it computes the second time.
         example: a batch that the backbone takes, to find the outlets' widths with: a view, or a list of views; two 224-pixel
             RGB images by default.
-        channel_axis: the axis of the outlets that holds the channels: 1 or -1. By default their shape tells, see
-            :func:`locallearn._fitting.outlets.channel_axis`. Four-dimensional outlets with channels last reach the decoder with
+        channel_axis: the axis of the outlets that holds the channels: 1 or -1. By default the modules tell that make
+            or read them (convolutions, norms, linear layers), else their shape, see
+            :func:`locallearn._fitting.channels.channel_axis`. Four-dimensional outlets with channels last reach the decoder with
             channels first.
         features: which tensor decoders read where stages return several: an index, a key or attribute, or a callable of
             what a stage returns, which may put several together; by default the first of real numbers.
@@ -99,7 +98,7 @@ class LocalWrapper(nn.Module):
         model: nn.Module,
         stages: Sequence[str] | Sequence[int] | Sequence[nn.Module] | Literal["auto"],
         overlap: int = 1,
-        decoder: Decoder = ConvMLPDecoder,
+        decoder: Decoder = "auto",
         *,
         loss: Loss | Sequence[Loss] | None = None,
         sharing: Sharing | None = None,
@@ -274,7 +273,7 @@ def _under_autocast(model: nn.Module, device: str) -> torch.dtype | None:
 def _automatic(
     model: nn.Module, plan: Plan, decoder: Decoder, checkpoint: Policy, example: Any, axis: int | None
 ) -> tuple[str, ...]:
-    if not callable(decoder) or isinstance(decoder, nn.Module):
+    if decoder != "auto" and (not callable(decoder) or isinstance(decoder, nn.Module)):
         raise TypeError(f"stages='auto' needs a decoder= that makes a module from a width; got {decoder!r}")
     from locallearn.memory.planning import plan_stages, sixty_four  # noqa: PLC0415 - slow to import, see locallearn/__init__.py
 

@@ -36,13 +36,18 @@ INSIDE = {  # likewise within a wing
         {"segment"},
         {"undo", "hooks", "named", "trees"},
     ],
-    "_fitting": [{"attach", "recomputed"}, {"chain", "objective"}, {"outlets"}, {"quiet", "features", "batches"}],
+    "_fitting": [
+        {"attach", "recomputed"},
+        {"chain", "objective"},
+        {"outlets"},
+        {"channels", "quiet", "features", "batches"},
+    ],
     "diagnosis": [
         {"gradients", "memory", "monitor", "quality", "similarity"},
         {"kept", "reading", "taps", "watch"},
         {"measures", "picture"},
     ],
-    "memory": [{"planning"}, {"predict"}, {"pieces"}, {"count", "fakes"}],
+    "memory": [{"planning"}, {"predict", "rule"}, {"pieces", "places"}, {"scaled"}, {"count", "fakes"}],
     "testing": [{"comparison"}, {"reference"}, {"copies"}],
 }
 ALONE = {"decoders": set(), "models": set(), "plan": set(), "distributed": set(), "losses": {"distributed"}}
@@ -142,6 +147,7 @@ def test_the_public_names_are_exactly_these() -> None:
         "memory_report",
         "plan_stages",
         "sequential",
+        "stages_of",
     }
     assert all(hasattr(locallearn, name) for name in locallearn.__all__)
 
