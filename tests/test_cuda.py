@@ -17,6 +17,7 @@ from torchvision.models.resnet import BasicBlock
 from zoo import ZOO, conv
 
 from locallearn import LocalWrapper, MLPDecoder, info_nce
+from locallearn.diagnosis import Monitor, gradient_agreement, stage_quality
 from locallearn.testing import assert_local_gradients
 
 pytestmark = [
@@ -200,6 +201,39 @@ def test_a_step_replayed_as_a_cuda_graph_gives_the_same_gradients(name: str) -> 
         model.zero_grad()
         torch.testing.assert_close(graphed(seen, None), losses)
         assert_same(gradients(model), expected, tolerance=1e-8)
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_a_monitor_waits_for_the_device_only_when_it_is_read(entry: str) -> None:
+    model, views = wrapped("resnet18", torch.float32)
+    monitor = Monitor(model, every=1)
+    step(model, views, entry)
+    torch.cuda.synchronize()
+    try:
+        torch.cuda.set_sync_debug_mode("error")  # warns once it is set
+        step(model, views, entry)
+        assert monitor.due
+        assert monitor.measured()["spread"].is_cuda
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(monitor.read()) == 4 * len(model.plan.units)
+
+
+def test_features_on_the_device_are_those_on_the_cpu() -> None:
+    model, views = wrapped("resnet18")
+    labels = torch.arange(len(views[0])) % 2
+    found = []
+    for device in ("cuda", "cpu"):
+        model.to(device)
+        found.append(stage_quality(model, [(views[0], labels.cuda())], [(views[1].cpu(), labels)], linear_probe=False))
+    for one, other in zip(*(report.stages for report in found), strict=True):
+        assert one.knn == other.knn
+        assert one.effective_rank == pytest.approx(other.effective_rank, rel=1e-6)
+        assert one.uniformity == pytest.approx(other.uniformity, abs=1e-6)
+    model.cuda()
+    agreement = gradient_agreement(model, *views)
+    assert agreement.stages[-1].whole.cosine == pytest.approx(1)
 
 
 def test_gradients_on_the_device_of_each_stage() -> None:

@@ -14,7 +14,10 @@ import locallearn
 PACKAGE = Path(locallearn.__file__).parent
 FLOORS = [  # what stands further down may import neither what stands above it nor what stands beside it
     {"__init__", "measure"},
-    {"diagnosis", "testing"},
+    {"__main__"},
+    {"command_line"},
+    {"diagnosis"},
+    {"testing"},
     {"wrapper"},
     {"memory"},
     {"_fitting"},
@@ -23,6 +26,7 @@ FLOORS = [  # what stands further down may import neither what stands above it n
     {"plan", "decoders", "distributed", "models"},
 ]
 INSIDE = {  # likewise within a wing
+    "command_line": [{"program"}, {"checking"}, {"cutting"}, {"parsing", "drawing"}, {"backbones"}, {"errors"}],
     "_walk": [
         {"local_pass"},
         {"cuts", "recompute", "isolation"},
@@ -37,6 +41,11 @@ INSIDE = {  # likewise within a wing
         {"chain", "objective"},
         {"outlets"},
         {"channels", "quiet", "features", "batches"},
+    ],
+    "diagnosis": [
+        {"gradients", "memory", "monitor", "quality", "similarity"},
+        {"kept", "reading", "taps", "watch"},
+        {"measures", "picture"},
     ],
     "memory": [{"planning"}, {"predict", "rule"}, {"pieces", "places"}, {"scaled"}, {"count", "fakes"}],
     "testing": [{"comparison"}, {"reference"}, {"copies"}],
@@ -91,7 +100,7 @@ def test_imports_within_a_wing_only_point_down(wing: str) -> None:
 
 def test_there_are_few_arrows_between_the_wings() -> None:
     arrows = {(wing, other) for wing in wings() for path in files(wing) for other, *_ in imports(path) if other != wing}
-    assert len(arrows) <= 45
+    assert len(arrows) <= 53
 
 
 @pytest.mark.parametrize("wing", ALONE)

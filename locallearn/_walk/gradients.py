@@ -19,7 +19,11 @@ class Accumulator(Protocol):
     """Runs a backward from ``roots``, a scalar or tensors at which the gradients are ``gradients``, into ``weights``."""
 
     def push(
-        self, roots: Roots, weights: Sequence[Tensor], inlets: Sequence[Tensor], gradients: Flow | None = None
+        self,
+        roots: Roots,
+        weights: Sequence[Tensor],
+        inlets: Sequence[Tensor],
+        gradients: Sequence[Tensor] | None = None,
     ) -> Flow:
         """Adds to the gradients of ``weights``, and returns those at ``inlets`` in a list.
 
@@ -31,7 +35,11 @@ class Accumulate:
     """Adds to ``.grad``, with all hooks, exactly as ``loss.backward()`` would."""
 
     def push(
-        self, roots: Roots, weights: Sequence[Tensor], inlets: Sequence[Tensor], gradients: Flow | None = None
+        self,
+        roots: Roots,
+        weights: Sequence[Tensor],
+        inlets: Sequence[Tensor],
+        gradients: Sequence[Tensor] | None = None,
     ) -> Flow:
         if inputs := [*weights, *inlets]:
             torch.autograd.backward(roots, gradients, inputs=inputs)
@@ -48,7 +56,11 @@ class Collect:
         self._gradients: dict[Tensor, Tensor] = {}
 
     def push(
-        self, roots: Roots, weights: Sequence[Tensor], inlets: Sequence[Tensor], gradients: Flow | None = None
+        self,
+        roots: Roots,
+        weights: Sequence[Tensor],
+        inlets: Sequence[Tensor],
+        gradients: Sequence[Tensor] | None = None,
     ) -> Flow:
         if not (inputs := [*weights, *inlets]):
             return []

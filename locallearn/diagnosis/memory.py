@@ -14,6 +14,7 @@ from torch import nn
 from locallearn._fitting.attach import FromOutlet
 from locallearn._fitting.batches import View, concatenated, plain_views
 from locallearn._walk.trees import mapped, tensors
+from locallearn.diagnosis.picture import panels
 from locallearn.memory.count import Flops, LiveBytes
 from locallearn.memory.fakes import Fakes, analysed
 from locallearn.memory.pieces import Piece, Sample
@@ -76,14 +77,7 @@ class MemoryReport:
         Raises:
             ModuleNotFoundError: without matplotlib.
         """
-        try:
-            from matplotlib.figure import Figure  # noqa: PLC0415 - only who wants a picture needs it
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                "MemoryReport.save draws with matplotlib, which is not installed: pip install matplotlib"
-            ) from error
-        figure = Figure(figsize=(9, 4), layout="constrained")
-        axes = figure.subplots()
+        figure, (axes,) = panels("MemoryReport.save", "What is alive during a step?")
         for name, timeline, colour in (("end-to-end", self.end_to_end, "0.6"), ("local", self.local, "C0")):
             over, live = [f / 1e9 for f in timeline.flops], [size / 1e6 for size in timeline.live]
             peak = max(live)
