@@ -63,7 +63,7 @@ def test_parametrised_weights(kind: str, checkpoint: bool) -> None:
     for layer in net:
         PARAMETRISED[kind](layer)
     plan = plan_stages(net, pair[0], 4)
-    assert plan.stages == ("0", "1", "2", "3")
+    assert plan.stages == stages_of(net, 4, pair[0]) == ("0", "1", "2", "3")
     model = LocalWrapper(net, plan.stages, example=pair[0], checkpoint=checkpoint)
     model.eval()  # spectral_norm's vectors move in training
     assert_local_gradients(model, *pair)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.utils.parametrize import ParametrizationList
 
 from locallearn._fitting.channels import Channels
 from locallearn._fitting.features import Features
@@ -114,8 +115,8 @@ class _Forward:
     def __init__(
         self, backbone: nn.Module, batch: Any, note: Callable[[], object], features: Features | None, *, disturb: bool
     ) -> None:
-        scripted = {part for module in backbone.modules() if _scripted(module) for part in module.modules()}
-        names = {module: name for name, module in backbone.named_modules() if name and module not in scripted}
+        apart = {part for module in backbone.modules() if _apart(module) for part in module.modules()}
+        names = {module: name for name, module in backbone.named_modules() if name and module not in apart}
         inlets: dict[nn.Module, list[tuple[int | None, int]]] = {}
         self.calls: list[_Call] = []
         self._dropouts = {name for module, name in names.items() if isinstance(module, _DropoutNd)}
@@ -200,9 +201,9 @@ def _begun(tensor: Tensor, *, graph: bool) -> Tensor:
     return cut(images.requires_grad_(), differentiable=True)[1] if graph and images.is_floating_point() else images
 
 
-def _scripted(module: nn.Module) -> bool:
-    """Whether it takes no hooks."""
-    return isinstance(module, torch.jit.ScriptModule)
+def _apart(module: nn.Module) -> bool:
+    """Whether it takes no hooks, or computes a weight and nothing of the inputs."""
+    return isinstance(module, torch.jit.ScriptModule | ParametrizationList)
 
 
 def _made(places: Iterable[GradientEdge]) -> int:
