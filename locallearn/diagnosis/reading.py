@@ -11,7 +11,7 @@ from einops import reduce
 from torch import Tensor, nn
 
 from locallearn._fitting.batches import View, rows, told
-from locallearn._fitting.outlets import agreed_axis
+from locallearn._fitting.channels import agreed_axis
 from locallearn._fitting.quiet import undisturbed
 from locallearn._walk.cuts import check_order, checked, hooked, submodules
 from locallearn._walk.trees import called, mapped

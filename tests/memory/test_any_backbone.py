@@ -37,7 +37,7 @@ def small(dtype: torch.dtype | None = None) -> nn.Sequential:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_any_dtype(dtype: torch.dtype) -> None:
-    model = planned(small(dtype), torch.rand(4, 3, 16, 16, dtype=dtype))
+    model = planned(small(dtype), torch.rand(4, 3, 32, 32, dtype=dtype))
     assert {weight.dtype for weight in model.parameters()} == {dtype}
 
 
@@ -80,7 +80,7 @@ class Bytes(nn.Module):
 
 def test_images_of_bytes() -> None:
     torch.set_default_dtype(torch.float32)
-    planned(Bytes(), torch.randint(256, (4, 3, 16, 16), dtype=torch.uint8))
+    planned(Bytes(), torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8))
 
 
 @pytest.mark.parametrize("sparse", [False, True])
