@@ -103,12 +103,16 @@ class Sample:
         self._first = varying[0]
         self._live, self._counter = ScaledBytes(varying, (length or 1) / (self.rows or 1)), Flops()
         self.misfits: dict[torch.Size, str] = {}
-        start: list[_Mark] = []
-        begin = attached({model: lambda *_: start.append(self._mark())}, {})
-        with begin, begin, self._counter, self._live:
+        marks: list[_Mark] = []  # where the backbone's forward begins and ends
+
+        def mark(*_: object) -> None:
+            marks.append(self._mark())
+
+        around = attached({model: mark}, {model: mark})
+        with around, around, self._counter, self._live:
             self.chain = links(model, self.inputs, self._mark, cuts, features or Features(), disturb=disturb)
         self._shapes = tuple(weight.shape for weight in model.parameters())
-        self._start = start[0]
+        self._start, self._end = marks[0], marks[-1]
         self._backwards: dict[object, tuple[int, int]] = {}  # of pieces that are alike
         self._decoders: dict[object, tuple[float, int]] = {}
 
@@ -161,7 +165,7 @@ class Sample:
     def _settled(self, mark: _Mark) -> int:
         """When what the call that has ended kept alive is freed."""
         at, history = mark.at, self._live.history
-        while at + 1 < len(history) and history[at + 1] < history[at]:
+        while at < self._end.at and history[at + 1] < history[at]:
             at += 1
         return at
 

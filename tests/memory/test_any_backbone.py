@@ -56,14 +56,14 @@ def test_a_backbone_without_numbers(inside: bool, dtype: torch.dtype) -> None:
 
 
 def test_a_backbone_on_meta() -> None:
-    model = planned(small().to("meta"), torch.rand(4, 3, 16, 16, device="meta"))
+    model = planned(small().to("meta"), torch.rand(4, 3, 32, 32, device="meta"))
     assert all(weight.is_meta for weight in model.parameters())
 
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_backbone_on_cuda() -> None:
-    model = planned(small().cuda(), torch.rand(4, 3, 16, 16, device="cuda", dtype=torch.float32))
+    model = planned(small().cuda(), torch.rand(4, 3, 32, 32, device="cuda", dtype=torch.float32))
     assert all(weight.is_cuda for weight in model.parameters())
 
 

@@ -123,6 +123,13 @@ def test_the_choice_is_the_best_of_all(overlap: int, budget: float | None) -> No
     assert [len(stage) for stage in plan.pieces] == [best[0], best[1] - best[0], 7 - best[1]]
 
 
+@pytest.mark.parametrize("head", [nn.Identity, nn.Flatten, lambda: nn.Conv2d(8, 3, 1)])
+def test_every_piece_keeps_its_outlet_at_least(head: Callable[[], nn.Module]) -> None:
+    net = chain([24, 4, 16, 8]).append(head())
+    plan = plan_stages(net, torch.zeros(8, 3, 16, 16), 2)
+    assert all(piece.kept >= piece.outlet and piece.held == 0 for stage in plan.pieces for piece in stage)
+
+
 def test_below_what_is_trained_nothing_is_kept() -> None:
     net = chain([24, 4, 16, 8])
     whole = plan_stages(net, torch.zeros(8, 3, 16, 16), 2)
