@@ -17,6 +17,7 @@ from locallearn.diagnosis.kept import OnDisk, Sample
 from locallearn.diagnosis.measures import Moments, alignment, single, uniformity, vote
 from locallearn.diagnosis.picture import colour, panels
 from locallearn.diagnosis.reading import Pool, labelled, stage_vectors
+from locallearn.testing.copies import replayed
 from locallearn.wrapper import LocalWrapper
 
 _PAIRED = 2048  # test images between all pairs of which uniformity is measured
@@ -189,7 +190,8 @@ def stage_quality(
         raise ValueError(
             f"k and sample are at least 1, temperature is more than 0; got {k}, {sample} and {temperature}"
         )
-    probes = _probes() if linear_probe else None
+    with replayed():  # an import may draw random numbers
+        probes = _probes() if linear_probe else None
     with ExitStack() as stack:
         vectors = stack.enter_context(stage_vectors(model, pool))
         kept, everything = Sample(sample), None
