@@ -257,7 +257,8 @@ def test_what_a_module_keeps_for_evaluation_goes_with_the_mode(name: str) -> Non
     model = LocalWrapper(net, "auto", example=images)
     deepcopy(net)
     model.eval()
-    net(images)  # keeps what it has computed, with its graph
+    with torch.no_grad():
+        net(images)  # keeps what it has computed
     plan_stages(net, images)
     model.train()
     deepcopy(net)
