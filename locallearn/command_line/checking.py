@@ -13,7 +13,7 @@ from locallearn.command_line.backbones import Backbone, batch, load
 from locallearn.command_line.cutting import Answer, planned
 from locallearn.command_line.errors import CommandError, nearest
 from locallearn.command_line.parsing import DECODERS
-from locallearn.testing.comparison import ENTRIES, RTOL, problems
+from locallearn.testing.comparison import ENTRIES, RTOL, problems, relative_errors
 from locallearn.testing.copies import copied, gradients, replayed
 from locallearn.testing.reference import prepared
 from locallearn.wrapper import LocalWrapper
@@ -40,12 +40,10 @@ def check(args: argparse.Namespace) -> Answer:
         ours[entry] = gradients(again)
         wrong += [f"{entry}: {problem}" for problem in problems(again, expected, rtol)]
 
-    largest = max(float(gradient.norm()) for gradient in expected.gradients.values())
+    errors = {entry: relative_errors(found, expected) for entry, found in ours.items()}
     rows = []
     for name, gradient in expected.gradients.items():
-        norm = float(gradient.norm())
-        floor = max(norm, 1e-6 * largest) or 1.0
-        off = {entry: float((g.get(name, 0 * gradient) - gradient).norm()) / floor for entry, g in ours.items()}
+        norm, off = float(gradient.norm()), {entry: found[name] for entry, found in errors.items()}
         units = expected.trained_by.get(name, ())
         rows.append(
             {"name": name, "stage": expected.stages.get(name), "units": list(units), "norm": norm, "errors": off}

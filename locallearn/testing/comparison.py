@@ -85,6 +85,16 @@ def _call(model: LocalWrapper, views: Sequence[View], targets: Any) -> None:
 ENTRIES = {"local_step": _step, "loss.backward()": _call}
 
 
+def relative_errors(ours: Mapping[str, Tensor], expected: LocalGradients) -> dict[str, float]:
+    """Of each gradient: the difference's norm relative to the expected one's, or to a millionth of the largest one's."""
+    norms = {name: _norm(gradient) for name, gradient in expected.gradients.items()}
+    least = 1e-6 * max(norms.values(), default=0.0) or 1.0
+    return {
+        name: _norm(_wide(ours.get(name, torch.zeros_like(gradient))) - _wide(gradient)) / max(norms[name], least)
+        for name, gradient in expected.gradients.items()
+    }
+
+
 def problems(ours: LocalWrapper, expected: LocalGradients, rtol: float) -> Iterator[str]:
     """What differs between ``ours``, after a pass, and what is expected: losses, gradients, buffers; a line for each."""
     floor = min(0.1, max(1e-6, 64 * torch.finfo(expected.dtype).eps / rtol))
