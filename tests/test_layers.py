@@ -47,7 +47,7 @@ INSIDE = {  # likewise within a wing
         {"kept", "reading", "taps", "watch"},
         {"measures", "picture"},
     ],
-    "memory": [{"planning"}, {"predict", "rule"}, {"pieces", "places"}, {"scaled"}, {"count", "fakes"}],
+    "memory": [{"planning"}, {"predict", "rule"}, {"pieces", "places"}, {"scaled", "between"}, {"count", "fakes"}],
     "testing": [{"comparison"}, {"reference"}, {"copies"}],
 }
 ALONE = {"decoders": set(), "models": set(), "plan": set(), "distributed": set(), "losses": {"distributed"}}

@@ -42,6 +42,7 @@ CAUSAL = {
 }
 SOUND = {
     **FOUR,
+    "layerdrop": 0.0,  # a layer that is left out now and then cannot end a stage
     "conv_dim": (16, 16, 16),
     "conv_stride": (5, 2, 2),
     "conv_kernel": (10, 3, 3),
@@ -49,6 +50,18 @@ SOUND = {
     "num_conv_pos_embedding_groups": 2,
 }
 MAPS = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
+
+
+def _speech(name: str) -> Network:
+    """Its first layers make their input one that has a gradient, in training; `freeze_feature_encoder` ends that."""
+    whole = of_transformers(name, sound, **SOUND)
+
+    def make() -> tuple[nn.Module, Callable[[], Any]]:
+        model, batch = whole.make()
+        model.freeze_feature_encoder()  # type: ignore[operator]
+        return model, batch
+
+    return Network("transformers", make)
 
 
 def sound() -> Tensor:
@@ -73,14 +86,10 @@ def transformers_networks() -> dict[str, Network]:
             name: of_transformers(name, images(32), **PATCHES)
             for name in ("vit", "deit", "dinov2", "dinov3_vit", "ijepa")
         },
-        **{name: of_transformers(name, sound, **SOUND) for name in ("wav2vec2", "hubert", "wavlm")},
+        **{name: _speech(name) for name in ("wav2vec2", "hubert", "wavlm")},
         **{name: of_transformers(name, images(64), **MAPS) for name in ("convnext", "convnextv2")},
         "beit": of_transformers("beit", images(32), **PATCHES, use_relative_position_bias=True),
         "data2vec-vision": of_transformers("data2vec-vision", images(32), **PATCHES),
-        "vit_mae encoder": Network(
-            "transformers",
-            lambda: (hf.ViTMAEModel(hf.ViTMAEConfig(**PATCHES, mask_ratio=0.0)).encoder, lambda: torch.rand(2, 17, 32)),
-        ),
         "resnet": of_transformers("resnet", images(64), embedding_size=8, **MAPS),
         "regnet": of_transformers("regnet", images(64), embedding_size=8, groups_width=4, **MAPS),
         "bit": of_transformers("bit", images(64), embedding_size=8, num_groups=4, **MAPS),
@@ -120,7 +129,8 @@ def transformers_networks() -> dict[str, Network]:
             patch_size=8,
         ),
     }
-    return {**many, **{name: of("transformers", FAMILIES[name]) for name in FAMILIES if name in BY_HF}, **_sharing()}
+    named = {name: of("transformers", FAMILIES[name]) for name in FAMILIES if name in BY_HF}
+    return {f"transformers {name}": network for name, network in {**many, **named, **_sharing()}.items()}
 
 
 def _sharing() -> dict[str, Network]:

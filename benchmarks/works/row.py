@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from locallearn import LocalWrapper, stages_of
+from locallearn import LocalWrapper, Plan, stages_of
 from locallearn.testing.comparison import ENTRIES, RTOL, problems, relative_errors
 from locallearn.testing.copies import copied, gradients, replayed
 from locallearn.testing.reference import prepared
@@ -44,14 +44,18 @@ def row(network: Network) -> dict[str, Any]:
 
 
 def _automatic(model: nn.Module, view: Any) -> dict[str, Any]:
-    """CPU seconds of ``stages="auto"``, and what it has chosen, or why not."""
-    again = deepcopy(model)
-    start = process_time()
-    try:
-        chosen = {"stages": list(LocalWrapper(again, "auto", example=view).stages)}
-    except (TypeError, ValueError) as error:
-        chosen = {"refused": str(error)}  # type: ignore[dict-item]
-    return {"seconds": process_time() - start, **chosen}
+    """What ``stages="auto"`` chooses, four stages or as many as there are, in which seconds of the CPU; or why not."""
+    again, refused = deepcopy(model), ""
+    for n in (4, 3, 2):
+        start = process_time()
+        try:
+            wrapped = LocalWrapper(again, "auto", plan=Plan.windows(n, overlap=1), example=view)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the page tells it
+            expected = isinstance(error, TypeError | ValueError)
+            refused = refused or (str(error) if expected else f"{type(error).__name__}: {error}")
+        else:
+            return {"seconds": process_time() - start, "stages": list(wrapped.stages)}
+    return {"refused": refused}
 
 
 def named(model: nn.Module, view: Any, automatic: Mapping[str, Any]) -> Sequence[str]:
@@ -71,6 +75,7 @@ def compared(
 ) -> dict[str, Any]:
     """The largest relative error of a gradient by each entry, or the refusal."""
     torch.manual_seed(1)
+    torch.set_default_dtype(torch.float64)  # for what a forward makes by itself
     try:
         wrapped = LocalWrapper(deepcopy(model), stages, example=views[0], **options)
         ready = prepared(wrapped, tuple(views), None)
@@ -83,6 +88,8 @@ def compared(
             found["wrong"] += [f"{entry}: {p}" for p in problems(again, ready.expected, RTOL[ready.expected.dtype])][:3]
     except (TypeError, ValueError, RuntimeError) as error:
         return {"refused": str(error)}
+    finally:
+        torch.set_default_dtype(torch.float32)
     return found
 
 

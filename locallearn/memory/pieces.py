@@ -21,6 +21,7 @@ from locallearn._walk.recompute import Run
 from locallearn._walk.segment import cut
 from locallearn._walk.trees import mapped, tensors
 from locallearn._walk.undo import attached
+from locallearn.memory.between import Between, between
 from locallearn.memory.count import Flops, storages
 from locallearn.memory.scaled import ScaledBytes
 from locallearn.plan import Plan, Unit
@@ -134,7 +135,8 @@ class Sample:
 
     def _piece(self, link: Link, below: Link | None, *, frozen: bool) -> Piece:
         """``frozen``: whether nothing is trained below."""
-        history, weights = self._history(link, below), trained_below(link, below)
+        history, part = self._history(link, below), between(link, below)
+        weights = part.weights
         outlet, shape = sum(map(self._size, link.forms)), self._shape(link.outlet)
         flops = link.noted.flops - (self._start if below is None else below.noted).flops
         spent, forward = int(flops * self._live.factor), max(history) - history[0]
@@ -145,7 +147,7 @@ class Sample:
         kept = history[-1] - history[0]
         alike = (shape, spent, kept, forward, tuple(weight.shape for weight in weights), below and below.forms)
         if alike not in self._backwards:
-            self._backwards[alike] = self._backward(link, below, weights)
+            self._backwards[alike] = self._backward(part)
         pull, push = (kept + more for more in self._backwards[alike])
         return Piece(link.end, shape, spent, outlet, kept, held, forward, pull, push, 0.0, 0, trained)
 
@@ -223,17 +225,20 @@ class Sample:
         peak = max(self._live.history[begin.at :]) - self._live.history[begin.at]
         return peak, int((end.flops - begin.flops) * self._live.factor)
 
-    def _backward(self, link: Link, below: Link | None, weights: Sequence[Tensor]) -> tuple[int, int]:
-        """What a backward to the inlet, and then the last one, take beside the graph."""
-        inlets = () if below is None else below.places
-        pull = self._peak(link, inlets, retain=True) if inlets else 0
-        self._live.expect_gradients(weights)
-        return pull, self._peak(link, [*inlets, *weights], retain=False)
+    def _backward(self, part: Between) -> tuple[int, int]:
+        """What a backward to the inlets, and then the last one, take beside the graph."""
+        rest = sum(map(self._size, part.rest))
+        pull = self._peak(part, part.inlets, retain=True) + rest if part.inlets else 0
+        self._live.expect_gradients(part.weights)
+        return pull, self._peak(part, [*part.inlets, *part.weights], retain=False) + rest
 
-    def _peak(self, link: Link, inputs: Sequence[Any], *, retain: bool) -> int:
-        live, seed = self._live.history, sum(map(self._size, link.forms))
+    def _peak(self, part: Between, inputs: Sequence[Any], *, retain: bool) -> int:
+        if not (part.outlets and inputs):
+            return 0
+        forms, places = zip(*part.outlets, strict=True)
+        live, seed = self._live.history, sum(map(self._size, forms))
         begin, ends = len(live) - 1, [len(live) - 1]
-        gradients = [self.like(form) for form in link.forms]
+        gradients = [self.like(form) for form in forms]
         known = [gradient.untyped_storage() for gradient in gradients]
 
         def used(below: Sequence[Tensor | None], _: object) -> None:
@@ -241,9 +246,9 @@ class Sample:
             if not any(storage in known for g in below if g is not None for storage in storages(g)):
                 ends.append(len(live) - 1)
 
-        handles = [link.places[0].node.register_hook(used)] if len(link.places) == 1 else []
+        handles = [places[0].node.register_hook(used)] if len(places) == 1 else []
         with self._live:
-            torch.autograd.grad(link.places, list(inputs), gradients, retain_graph=retain, allow_unused=True)
+            torch.autograd.grad(places, list(inputs), gradients, retain_graph=retain, allow_unused=True)
         for handle in handles:
             handle.remove()
         last = ends[1] if len(ends) > 1 else len(live) - 1
@@ -261,23 +266,6 @@ def _two(tensor: Tensor, length: int) -> Tensor:
     if not tensor.ndim or len(tensor) != length:
         return tensor
     return tensor[:2] if length > 1 else torch.cat([tensor, tensor])
-
-
-def trained_below(link: Link, below: Link | None = None) -> list[Tensor]:
-    """The trained weights that lead to the outlet of ``link``, above that of ``below``."""
-    stack, found = list({place.node: None for place in link.places}), list[Tensor]()
-    inlets = set() if below is None else {place.node for place in below.places}
-    stack = [node for node in stack if node not in inlets]
-    seen = {*stack, *inlets}
-    while stack:
-        node = stack.pop()
-        if isinstance(leaf := getattr(node, "variable", None), nn.Parameter):  # the inputs may be another leaf
-            found.append(leaf)
-        for lower, _ in node.next_functions:
-            if lower is not None and lower not in seen:
-                seen.add(lower)
-                stack.append(lower)
-    return found
 
 
 def _recomputed(links: Sequence[Link], runs: Collection[Run]) -> bool:

@@ -17,7 +17,8 @@ from locallearn._fitting.features import Features, Which
 from locallearn._fitting.outlets import check_graph
 from locallearn._fitting.recomputed import Policy, runs
 from locallearn._walk.trees import mapped
-from locallearn.memory.pieces import Piece, Sample, trained_below
+from locallearn.memory.between import between
+from locallearn.memory.pieces import Piece, Sample
 from locallearn.memory.places import places
 from locallearn.memory.predict import predict
 from locallearn.plan import Plan
@@ -141,7 +142,7 @@ def plan_stages(
         plan,
         tuple(tuple(plain[a:b]) for a, b in pairwise(bounds)),
         tuple(tuple(lean[a:b]) for a, b in pairwise(bounds)),
-        _left_out(model, {id(weight) for weight in trained_below(ends[-1])}),
+        _left_out(model, {id(weight) for weight in between(ends[-1]).weights}),
     )
 
 
