@@ -86,10 +86,13 @@ def alone(name: str, timeout: float) -> dict[str, Any]:
 
 def rows(names: list[str], jobs: int, timeout: float) -> Iterator[tuple[str, dict[str, Any]]]:
     """Rows as they are done."""
-    with ThreadPoolExecutor(jobs) as pool:
-        futures = {pool.submit(alone, name, timeout): name for name in names}
+    pool = ThreadPoolExecutor(jobs)
+    futures = {pool.submit(alone, name, timeout): name for name in names}
+    try:
         for future in tqdm(as_completed(futures), total=len(futures), file=sys.stderr):
             yield futures[future], future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def keep(path: Path, record: dict[str, Any]) -> None:
