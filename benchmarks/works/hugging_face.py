@@ -53,12 +53,12 @@ MAPS = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
 
 
 def _speech(name: str) -> Network:
-    """Its first layers make their input one that has a gradient, in training; `freeze_feature_encoder` ends that."""
+    """Its first layers make their input one that has a gradient, in training; frozen they do not."""
     whole = of_transformers(name, sound, **SOUND)
 
     def make() -> tuple[nn.Module, Callable[[], Any]]:
         model, batch = whole.make()
-        model.freeze_feature_encoder()  # type: ignore[operator]
+        model.feature_extractor._freeze_parameters()  # type: ignore[operator, union-attr]
         return model, batch
 
     return Network("transformers", make)
@@ -75,7 +75,13 @@ def transformers_networks() -> dict[str, Network]:
     gpt_neox = {k: v for k, v in CAUSAL.items() if k != "num_key_value_heads"}
     special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
     distil = {"vocab_size": 40, "dim": 32, "n_layers": 4, "n_heads": 2, "hidden_dim": 64}
-    layers = {"d_model": 32, "encoder_layers": 4, "encoder_attention_heads": 2, "encoder_ffn_dim": 64}
+    layers = {
+        "d_model": 32,
+        "encoder_layers": 4,
+        "encoder_attention_heads": 2,
+        "encoder_ffn_dim": 64,
+        "decoder_attention_heads": 2,
+    }
     many = {
         **{name: of_transformers(name, text, **WORDS) for name in ("bert", "roberta", "electra", "mpnet", "ernie")},
         **{
@@ -110,9 +116,7 @@ def transformers_networks() -> dict[str, Network]:
         "opt": of_transformers("opt", text, **gpt_neox, ffn_dim=64, word_embed_proj_dim=32),
         "mixtral": of_transformers("mixtral", text, **CAUSAL, num_local_experts=4),
         "mamba": of_transformers("mamba", ids, vocab_size=40, hidden_size=16, num_hidden_layers=4, use_cache=False),
-        "xlnet": of_transformers(
-            "xlnet", ids, vocab_size=40, d_model=16, n_layer=4, n_head=2, d_inner=32, use_mems_eval=False
-        ),
+        "xlnet": _xlnet(),
         "whisper encoder": Network(
             "transformers",
             lambda: (
@@ -131,6 +135,29 @@ def transformers_networks() -> dict[str, Network]:
     }
     named = {name: of("transformers", FAMILIES[name]) for name in FAMILIES if name in BY_HF}
     return {f"transformers {name}": network for name, network in {**many, **named, **_sharing()}.items()}
+
+
+def _xlnet() -> Network:
+    """Positions first, and the batch behind them."""
+    whole = of_transformers(
+        "xlnet",
+        ids,
+        vocab_size=40,
+        d_model=16,
+        n_layer=4,
+        n_head=2,
+        d_inner=32,
+        use_mems_train=False,
+        stages=numbered("layer", 4),
+    )
+    first = {"features": lambda outlet: outlet[0].transpose(0, 1)}
+    way = Way(
+        "batch first, by `features=lambda outlet: outlet[0].transpose(0, 1)`",
+        lambda: whole.make()[0],
+        numbered("layer", 4),
+        first,
+    )
+    return whole._replace(ways=[way])
 
 
 def _sharing() -> dict[str, Network]:

@@ -16,6 +16,7 @@ class Way(NamedTuple):
     text: str
     build: Callable[[], nn.Module]
     stages: Sequence[str]
+    options: Mapping[str, Any] = {}
 
 
 class Network(NamedTuple):

@@ -70,11 +70,12 @@ def _summary(rows: Rows, right: Rows, no: Rows, other: Rows) -> Iterator[str]:
     recomputed = sum(works(row["checkpoint"]) for row in right.values())
     outs = sum(any(works(way) for way in row["ways"]) for row in no.values())
     yield f"**{len(right)} of {len(rows)} networks** that were built and tried **work**: each gradient of `local_step` and of"
-    yield f"`loss.backward()` is that of one plain backward per unit, to {max(double, default=0):.0e} in double precision at worst."
+    yield "`loss.backward()` is that of one plain backward per unit,"
+    yield f"to {max(double, default=0):.0e} in double precision at worst."
     if single:
         yield f"{len(single)} of them compute in single precision by themselves, and agree to {max(single):.0e}."
-    yield f'With recomputation (`checkpoint=`) {recomputed} are right, too. `stages="auto"` finds cuts for {len(seconds)} of all {len(rows)}, in'
-    yield f"{max(seconds, default=0):.1f} seconds of the CPU at most."
+    yield f"With recomputation (`checkpoint=`) {recomputed} are right, too."
+    yield f'`stages="auto"` finds cuts for {len(seconds)} of all, in {max(seconds, default=0):.1f} seconds of the CPU at most.'
     if no:
         yield f"{len(no)} are [refused](#refused-and-the-way-out) as they are cut below, with a message;"
         yield f"{outs} of those work by a way out that was run."

@@ -41,7 +41,7 @@ def row(network: Network) -> dict[str, Any]:
         found["checkpoint"] = _recomputed(model, stages, views, network.options, found.pop("known"))
     found["ways"] = []
     for way in network.ways:
-        tried = compared(way.build().train(), way.stages, views, network.options)
+        tried = compared(way.build().train(), way.stages, views, {**network.options, **way.options})
         tried.pop("known", None)
         found["ways"].append({"text": way.text, "stages": list(way.stages), **tried})
     return found

@@ -101,9 +101,9 @@ def channel_axis(shape: Sequence[int]) -> int:
     shape                                   axis
     ======================================  ====  ==================================================
     ``(N, C)``                              1     vectors
-    ``(N, T, C)``                           -1    tokens (a 1-d convolution's ``(N, C, L)`` looks the same)
+    ``(N, T, C)`` with ``C > 1``            -1    tokens (a 1-d convolution's ``(N, C, L)`` looks the same)
     ``(N, S, S, C)`` with ``C != S``        -1    square maps with channels last, as in torchvision's Swin
-    any other                               1     channels first
+    any other                               1     channels first, such as the ``(N, C, 1)`` of a pooling
     ======================================  ====  ==================================================
 
     Where the shape misleads, :func:`agreed_axis` finds out.
@@ -112,7 +112,7 @@ def channel_axis(shape: Sequence[int]) -> int:
         >>> channel_axis((2, 64, 56, 56)), channel_axis((2, 56, 56, 96))
         (1, -1)
     """
-    if len(shape) == 3 or (len(shape) == 4 and shape[1] == shape[2] != shape[3]):
+    if (len(shape) == 3 and shape[2] > 1) or (len(shape) == 4 and shape[1] == shape[2] != shape[3]):
         return -1
     return 1
 

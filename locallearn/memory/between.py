@@ -50,6 +50,15 @@ def between(link: Link, below: Link | None = None) -> Between:
     return Between(outlets, inlets, rest, weights)
 
 
+def hands_on(link: Link, below: Link) -> bool:
+    """Whether what ``link`` returns was made in part further down than what ``below`` returns, and is not among that."""
+    ends = {place.node for place in below.places}
+    others = {place.node for place in link.places} - ends
+    return len(link.places) > 1 and not others.isdisjoint(
+        _nodes([lower for node in ends for lower, _ in node.next_functions], ())
+    )
+
+
 def _nodes(tops: Sequence[Any], ends: Collection[Any]) -> set[Any]:
     """The graph's nodes from ``tops`` down to ``ends``, those included."""
     seen = {node for node in tops if node is not None}

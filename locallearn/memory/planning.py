@@ -17,7 +17,7 @@ from locallearn._fitting.features import Features, Which
 from locallearn._fitting.outlets import check_graph
 from locallearn._fitting.recomputed import Policy, runs
 from locallearn._walk.trees import mapped
-from locallearn.memory.between import between
+from locallearn.memory.between import between, hands_on
 from locallearn.memory.pieces import Piece, Sample
 from locallearn.memory.places import places
 from locallearn.memory.predict import predict
@@ -121,7 +121,10 @@ def plan_stages(
     batch = sixty_four(model, None) if example is None else example_batch(model, example)
     sample = Sample(model, batch, features=Features(features))
     found = runs(model, (), checkpoint or True, sample.inputs, [link for link in sample.chain if len(link.forms) == 1])
-    ends = places(model, sample.chain, sample.rows, found)
+    ends = list[Link]()
+    for end in places(model, sample.chain, sample.rows, found):
+        if not (ends and hands_on(end, ends[-1])):
+            ends.append(end)
     if len(ends) < n:
         raise ValueError(_too_few(model, sample, n, [end.end for end in ends]))
     plain, lean = sample.pieces(ends, found)
