@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from locallearn._fitting.attach import attach
+from locallearn._fitting.attach import attach, under_autocast
 from locallearn._fitting.objective import (
     Loss,
     ViewsChangedError,
@@ -20,19 +21,22 @@ from locallearn._fitting.objective import (
     warn_of_fp16,
 )
 from locallearn._fitting.outlets import check_graph, check_rows, example_batch, probe
+from locallearn._fitting.parallel import check_parallel
 from locallearn._fitting.recomputed import Policy, runs
 from locallearn._walk.cuts import find, submodules
-from locallearn._walk.gradients import Accumulate, Accumulator, Collect
+from locallearn._walk.gradients import Accumulate, Accumulator, Collect, Reduce
 from locallearn._walk.local_pass import LocalPass
 from locallearn._walk.segment import leaves
+from locallearn._walk.uncompiled import uncompiled
 from locallearn.decoders import ConvMLPDecoder
-from locallearn.distributed import world_size
+from locallearn.distributed import StageReducer, covers_the_world, world_size
 from locallearn.losses import InfoNCE
 from locallearn.plan import Plan
 from locallearn.schedules import Schedule, sequential
 from locallearn.schedules.actions import Execution
 from locallearn.sharing import Hard, Sharing
 
+Scale: TypeAlias = float | Tensor | None
 Decoder: TypeAlias = Callable[[int], nn.Module] | Sequence[nn.Module]
 
 _SUCH_AS = {"sharing": "UpperOnly()", "plan": "Plan.windows(4, overlap=1)"}
@@ -122,6 +126,7 @@ class LocalWrapper(nn.Module):
             raise ValueError(f"channel_axis is 1, -1 or None; got {channel_axis}")
         submodules(model, ())  # refuses a compiled one
         check_graph(model)
+        check_parallel(model, model)
         if stages == "auto":
             stages = _automatic(
                 model, plan or (sharing or Hard()).plan(4, overlap), decoder, checkpoint, example, channel_axis
@@ -138,9 +143,10 @@ class LocalWrapper(nn.Module):
         outlets = probe(model, self.stages, images)
         self._changes_views = images._version > 0
         self._runs = runs(model, self.stages, checkpoint, batch)
-        self.decoders = attach(decoder, plan, self.sharing, outlets, channel_axis, _under_autocast(model, batch))
+        self.decoders = attach(decoder, plan, self.sharing, outlets, channel_axis, under_autocast(model, batch))
         self.loss = registered(InfoNCE() if loss is None else loss, len(plan.units))
         self._whole = [outlet.module is not None for outlet in outlets]
+        self._reducer = StageReducer()
         self.losses = None
         self.penalty = None
 
@@ -154,11 +160,17 @@ class LocalWrapper(nn.Module):
         """In what order the plan is carried out."""
         return self._execution.schedule
 
-    def local_step(self, *views: Tensor, targets: Any = None, grad_scale: float | Tensor | None = None) -> Tensor:
+    def local_step(
+        self,
+        *views: Tensor,
+        targets: Any = None,
+        grad_scale: float | Tensor | None = None,
+        group: dist.ProcessGroup | None = None,
+    ) -> Tensor:
         """One forward, in which every unit is trained as soon as the schedule says; gradients are added to ``.grad``.
 
         Replaces ``loss = model(*views); loss.backward()``, without ever holding the whole network's graph. Under
-        DistributedDataParallel use :meth:`forward`, or call :func:`locallearn.distributed.average_gradients` afterwards.
+        DistributedDataParallel use :meth:`forward`; with several plain processes give a ``group``.
 
         Args:
             views: one or more batches of the same shape; the backbone sees them as one batch, the loss one by one.
@@ -167,22 +179,39 @@ class LocalWrapper(nn.Module):
             grad_scale: for fp16, ``scaler.scale(torch.ones(()))``, on the scaler's device: the gradients come out multiplied
                 by it, for the scaler's ``unscale_`` or ``step``. (``get_scale()`` says the same, but a GradScaler refuses
                 to step before it has scaled something.)
+            group: processes that train the same weights on other data, such as ``torch.distributed.group.WORLD``. In the end
+                ``.grad`` has the mean over them; a stage's gradients travel while others are still computed.
 
         Returns:
-            the units' losses, shape ``(units,)``, detached and unscaled.
+            the units' losses, shape ``(units,)``, detached and unscaled: this process's own.
         """
         if not torch.is_grad_enabled():
             raise RuntimeError("local_step trains, and gradients are disabled here; to evaluate, call model(*views)")
-        if world_size() > 1:
+        check_parallel(self, self.backbone, step=True)
+        if group is None and world_size() > 1 and not covers_the_world(self.parameters()):
             warnings.warn(
                 "local_step leaves this process's own gradients in .grad; nothing averages them over the "
-                f"{world_size()} processes. Call loss = model(*views); loss.backward() on the DistributedDataParallel "
-                "module, or locallearn.distributed.average_gradients(model.parameters()) after local_step",
+                f"{world_size()} processes. Give it those that share a model, model.local_step(*views, "
+                "group=torch.distributed.group.WORLD); or call loss = model(*views); loss.backward() on the "
+                "DistributedDataParallel module; or locallearn.distributed.average_gradients(model.parameters()) afterwards",
                 stacklevel=2,
             )
-        return self._pass(views, targets, Accumulate(), grad_scale)
+        if grad_scale is None:
+            warn_of_fp16(views)
+        return self._step(views, targets, grad_scale, group)
 
-    def forward(self, *views: Tensor, targets: Any = None, grad_scale: float | Tensor | None = None) -> Tensor:
+    @uncompiled
+    def _step(
+        self, views: tuple[Tensor, ...], targets: Any, grad_scale: Scale, group: dist.ProcessGroup | None
+    ) -> Tensor:
+        if group is None:
+            return self._pass(views, targets, Accumulate(), grad_scale)
+        reduction = self._reducer.step(self.parameters(), group)
+        losses = self._pass(views, targets, Reduce(reduction), grad_scale)
+        reduction.finish()
+        return losses
+
+    def forward(self, *views: Tensor, targets: Any = None, grad_scale: Scale = None) -> Tensor:
         """The sum of the units' losses; its backward adds the same gradients as :meth:`local_step`.
 
         They are computed here, unit by unit, and handed to the weights in backward, so that DistributedDataParallel,
@@ -197,6 +226,13 @@ class LocalWrapper(nn.Module):
         Returns:
             a scalar. ``model.losses`` has its terms.
         """
+        if grad_scale is None and torch.is_grad_enabled():
+            warn_of_fp16(views)
+        return self._call(views, targets, grad_scale)
+
+    @uncompiled
+    def _call(self, views: tuple[Tensor, ...], targets: Any, grad_scale: Scale) -> Tensor:
+        check_parallel(self, self.backbone)
         if not torch.is_grad_enabled():
             return self._pass(views, targets, None, None).sum()
         collected = Collect()
@@ -209,17 +245,10 @@ class LocalWrapper(nn.Module):
         return self.backbone
 
     def _pass(
-        self,
-        views: tuple[Tensor, ...],
-        targets: Any,
-        accumulator: Accumulator | None,
-        grad_scale: float | Tensor | None,
+        self, views: tuple[Tensor, ...], targets: Any, accumulator: Accumulator | None, grad_scale: Scale
     ) -> Tensor:
         batch = concatenated(views, copy=self._changes_views)
         ends = submodules(self.backbone, self.stages)
-        if accumulator is not None and grad_scale is None:
-            warn_of_fp16(batch.device.type)
-
         rows = len(batch)
 
         def evaluate(k: int, features: Tensor) -> Tensor:
@@ -243,23 +272,13 @@ class LocalWrapper(nn.Module):
         self._train_penalty(ends, accumulator, grad_scale)
         return losses
 
-    def _train_penalty(
-        self, ends: Sequence[nn.Module], accumulator: Accumulator | None, grad_scale: float | Tensor | None
-    ) -> None:
+    def _train_penalty(self, ends: Sequence[nn.Module], accumulator: Accumulator | None, grad_scale: Scale) -> None:
         stages = [end if whole else None for end, whole in zip(ends, self._whole, strict=True)]
         with torch.set_grad_enabled(accumulator is not None):
             penalty = self.sharing.penalty(self.decoders, stages)
             self.penalty = None if penalty is None else penalty.detach()
             if accumulator is not None and penalty is not None and penalty.requires_grad:
                 accumulator.push(penalty if grad_scale is None else penalty * grad_scale, leaves(penalty), None)
-
-
-def _under_autocast(model: nn.Module, batch: Tensor) -> torch.dtype | None:
-    """Under autocast an outlet's dtype does not tell that of weights."""
-    device = batch.device.type
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
-        return None
-    return next((weight.dtype for weight in model.parameters() if weight.is_floating_point()), None)
 
 
 def _automatic(

@@ -29,9 +29,10 @@ INSIDE = {  # likewise within a wing
         {"intercept", "replay"},
         {"writes"},
         {"sameness", "segment", "gradients"},
-        {"undo", "hooks", "named"},
+        {"undo", "hooks", "named", "uncompiled"},
     ],
-    "_fitting": [{"attach", "recomputed"}, {"chain", "objective"}, {"outlets"}, {"quiet"}],
+    "_fitting": [{"attach", "recomputed"}, {"chain", "objective", "parallel"}, {"outlets"}, {"quiet"}],
+    "distributed": [{"reducer"}, {"averages"}, {"rows"}],
     "memory": [{"planning"}, {"predict"}, {"pieces"}, {"count", "fakes"}],
     "testing": [{"comparison"}, {"reference"}, {"copies"}],
 }

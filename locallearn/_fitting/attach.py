@@ -61,6 +61,14 @@ def attach(
     return attached
 
 
+def under_autocast(model: nn.Module, batch: Tensor) -> torch.dtype | None:
+    """Under autocast an outlet's dtype does not tell that of weights."""
+    device = batch.device.type
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return None
+    return next((weight.dtype for weight in model.parameters() if weight.is_floating_point()), None)
+
+
 class _ChannelsFirst(nn.Module):
     """``Rearrange`` of ``einops.layers.torch``, whose import takes a second where torch is older than 2.8."""
 

@@ -7,9 +7,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from locallearn._walk.undo import Reverted
-from locallearn.distributed import in_use
+from locallearn.distributed import Reduction, in_use
 
 
 class Accumulator(Protocol):
@@ -33,6 +34,19 @@ class Accumulate:
             return []
         gradient, inlet.grad = inlet.grad, None
         return [gradient]
+
+
+class Reduce(Accumulate):
+    """Adds to ``.grad``, and hands on what is final to be averaged over several processes."""
+
+    def __init__(self, reduction: Reduction) -> None:
+        self._reduction = reduction
+
+    @override
+    def push(self, root: Tensor, weights: Sequence[Tensor], inlet: Tensor | None) -> list[Tensor]:
+        gradient = super().push(root, weights, inlet)
+        self._reduction.final(weights)
+        return gradient
 
 
 class Collect:

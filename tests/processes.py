@@ -1,0 +1,30 @@
+"""Runs a function in several gloo processes of one thread each, and gives back what each of them returned."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def run(work: Callable[..., Any], world: int, folder: Path, *args: Any) -> list[Any]:
+    """What ``work(rank, *args)`` returned on each rank, in float64."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what spawning itself warns of
+        mp.spawn(_entry, (work, world, str(folder), args), nprocs=world)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
+
+
+def _entry(rank: int, work: Callable[..., Any], world: int, folder: str, args: tuple[Any, ...]) -> None:
+    torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    try:
+        torch.save(work(rank, *args), f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
