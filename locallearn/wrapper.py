@@ -166,6 +166,7 @@ class LocalWrapper(nn.Module):
         targets: Any = None,
         grad_scale: float | Tensor | None = None,
         group: dist.ProcessGroup | None = None,
+        seed: int | None = None,
     ) -> Tensor:
         """One forward, in which every unit is trained as soon as the schedule says; gradients are added to ``.grad``.
 
@@ -181,6 +182,7 @@ class LocalWrapper(nn.Module):
                 to step before it has scaled something.)
             group: processes that train the same weights on other data, such as ``torch.distributed.group.WORLD``. In the end
                 ``.grad`` has the mean over them; a stage's gradients travel while others are still computed.
+            seed: of what dropout draws in this step, by stage and unit, as in a :class:`locallearn.pipeline.Pipeline`.
 
         Returns:
             the units' losses, shape ``(units,)``, detached and unscaled: this process's own.
@@ -198,16 +200,16 @@ class LocalWrapper(nn.Module):
             )
         if grad_scale is None:
             warn_of_fp16(views)
-        return self._step(views, targets, grad_scale, group)
+        return self._step(views, targets, grad_scale, group, seed)
 
     @uncompiled
     def _step(
-        self, views: tuple[Tensor, ...], targets: Any, grad_scale: Scale, group: dist.ProcessGroup | None
+        self, views: tuple[Tensor, ...], targets: Any, scale: Scale, group: dist.ProcessGroup | None, seed: int | None
     ) -> Tensor:
         if group is None:
-            return self._pass(views, targets, Accumulate(), grad_scale)
+            return self._pass(views, targets, Accumulate(), scale, seed)
         reduction = self._reducer.step(self.parameters(), group)
-        losses = self._pass(views, targets, Reduce(reduction), grad_scale)
+        losses = self._pass(views, targets, Reduce(reduction), scale, seed)
         reduction.finish()
         return losses
 
@@ -245,11 +247,15 @@ class LocalWrapper(nn.Module):
         return self.backbone
 
     def _pass(
-        self, views: tuple[Tensor, ...], targets: Any, accumulator: Accumulator | None, grad_scale: Scale
+        self,
+        views: tuple[Tensor, ...],
+        targets: Any,
+        accumulator: Accumulator | None,
+        scale: Scale,
+        seed: int | None = None,
     ) -> Tensor:
         batch = concatenated(views, copy=self._changes_views)
-        ends = submodules(self.backbone, self.stages)
-        rows = len(batch)
+        ends, rows = submodules(self.backbone, self.stages), len(batch)
 
         def evaluate(k: int, features: Tensor) -> Tensor:
             loss = self.loss[k] if isinstance(self.loss, nn.ModuleList) else self.loss
@@ -260,7 +266,7 @@ class LocalWrapper(nn.Module):
 
         torch.clear_autocast_cache()  # a weight cast under no_grad before would be found there, without its graph
         local = LocalPass(
-            self.backbone, self.stages, ends, self._execution, evaluate, accumulator, grad_scale, self._runs
+            self.backbone, self.stages, ends, self._execution, evaluate, accumulator, scale, self._runs, seed
         )
         try:
             with spared(batch, views):
@@ -269,7 +275,7 @@ class LocalWrapper(nn.Module):
             self._changes_views = True
             raise
         self.losses = losses
-        self._train_penalty(ends, accumulator, grad_scale)
+        self._train_penalty(ends, accumulator, scale)
         return losses
 
     def _train_penalty(self, ends: Sequence[nn.Module], accumulator: Accumulator | None, grad_scale: Scale) -> None:

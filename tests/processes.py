@@ -24,6 +24,7 @@ def _entry(rank: int, work: Callable[..., Any], world: int, folder: str, args: t
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    warnings.filterwarnings("ignore", message="local_step leaves this process's own")
     try:
         torch.save(work(rank, *args), f"{folder}/{rank}.pt")
     finally:

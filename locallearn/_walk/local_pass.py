@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
 from locallearn._walk.cuts import check_order, hooked, one_tensor
+from locallearn._walk.draws import draws
 from locallearn._walk.gradients import Accumulator
 from locallearn._walk.hooks import has_backward_hooks
 from locallearn._walk.isolation import Isolation
@@ -35,6 +36,7 @@ class LocalPass:
         scale: a factor on every loss before its backward.
         runs: the submodules that are recomputed instead of kept, and what is known of them, see
             :mod:`locallearn._walk.recompute`.
+        seed: of the random numbers of stages and units, see :mod:`locallearn._walk.draws`.
     """
 
     def __init__(
@@ -47,12 +49,13 @@ class LocalPass:
         accumulator: Accumulator | None,
         scale: float | Tensor | None = None,
         runs: Mapping[Run, Learnt] = MappingProxyType({}),
+        seed: int | None = None,
     ) -> None:
         self._backbone, self._cuts, self._ends, self._units = backbone, cuts, ends, execution.plan.units
         self._actions = deque(execution.actions)
         self._last_uses, self._spanning = execution.last_uses, execution.spanning
         self._evaluate, self._accumulator, self._scale = evaluate, accumulator, scale
-        self._runs = possible(backbone, runs)
+        self._runs, self._draws = possible(backbone, runs), draws(seed, backbone)
         self._watched = accumulator is not None and has_backward_hooks(*backbone.modules())
         self._highest = max(self._last_uses)  # what lies above needs no graph
         self._isolation = Isolation(backbone, cuts)
@@ -67,9 +70,15 @@ class LocalPass:
         """Runs the backbone on ``batch`` and returns the units' losses, detached scalars."""
         cuts = hooked(self._ends, self._outlet)
         try:
-            with torch.set_grad_enabled(self._accumulator is not None), cuts, cuts as concerned:  # twice, see Reverted
+            with (
+                torch.set_grad_enabled(self._accumulator is not None),
+                self._draws as self._draw,
+                cuts,
+                cuts as concerned,  # twice, see Reverted
+            ):
                 parts = recomputed(self._backbone, self._runs, concerned)
                 with parts, parts:
+                    self._draw("stage", 0)
                     self._backbone(batch)
         except CheckpointError as error:
             raise RuntimeError(
@@ -120,6 +129,7 @@ class LocalPass:
             self._isolation.opens(stage + 1, self._inlet)
         if stage == self._highest:
             torch.set_grad_enabled(False)
+        self._draw("stage", stage + 1)
         return outlet if outlet.is_inference() else handed_on
 
     def _walks_below(self, unit: Unit, stage: int) -> bool:
@@ -143,6 +153,7 @@ class LocalPass:
             )
         with unchanged(segment.outlet, f"the decoder or the loss of unit {k}"):
             leaf, features = cut(segment.outlet, differentiable=self._walks_below(unit, unit.last + 1))
+            self._draw("unit", k)
             loss = self._evaluate(k, features)
         torch.clear_autocast_cache()  # which would keep the casts of weights whose graphs are freed below
         self._losses[k] = loss.detach()

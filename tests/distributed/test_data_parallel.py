@@ -118,7 +118,7 @@ def by_hand(name: str, rank: int, step: int) -> dict[str, Tensor]:
     """One process's gradients of one step."""
     model = build(name)
     prepare(model, rank, step)
-    model._step(views(name, rank, step), None, None, None)
+    model.local_step(*views(name, rank, step))
     return {key: gradient.to_dense() for key, gradient in gradients(model).items()}
 
 
@@ -300,7 +300,7 @@ def tensor_parallel(rank: int) -> str:
                 model.zero_grad()
                 model.local_step(*views("", replica, 0), group=mesh.get_group("dp"))
         else:
-            model._step(views("", replica, 0), None, None, None)
+            model.local_step(*views("", replica, 0))
             mixed = error(lambda model=model: average_gradients(model.parameters()))
             average_gradients(model.parameters(), mesh.get_group("dp"))
         assert_same(full(model), wanted, 1e-9)
