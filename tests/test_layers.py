@@ -36,7 +36,7 @@ INSIDE = {  # likewise within a wing
         {"pipeline"},
         {"neighbours"},
         {"fit", "wire"},
-        {"part", "rank_pass", "owners", "messages", "norms", "state"},
+        {"part", "rank_pass", "owners", "messages", "norms", "state", "late"},
         {"share"},
     ],
     "distributed": [{"reducer"}, {"averages"}, {"rows"}],

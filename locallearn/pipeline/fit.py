@@ -33,6 +33,7 @@ class Fitted:
         part: runs its stages.
         weights: its parameters, without those behind the last cut.
         owned: all that it holds, buffers too.
+        highest: the weights of its highest stage.
         shared: by name, what other ranks hold as well, since their stages read it.
         device: where its inlet and its outlet lie.
         inputs_above: whether a rank above needs the backbone's batch.
@@ -43,6 +44,7 @@ class Fitted:
     part: Chain | OwnForward
     weights: list[nn.Parameter]
     owned: list[Tensor]
+    highest: list[nn.Parameter]
     shared: dict[str, Tensor]
     device: torch.device
     inputs_above: bool
@@ -105,7 +107,7 @@ def _fitted(model: LocalWrapper, ranks: Sequence[int], mode: str, group: Any, ex
         raise ValueError(f"ranks says how many stages each process owns; got {list(ranks)} for {size} processes")
     every = shares(model.plan, ranks)
     share = every[rank]
-    _check(model, mode, group)
+    _check(model, mode, every, group)
     batch = example_batch(model.backbone, example)
     known = reading(model.backbone, model.stages, batch)
     owners = _owners(model, known, every)
@@ -114,10 +116,12 @@ def _fitted(model: LocalWrapper, ranks: Sequence[int], mode: str, group: Any, ex
     weights = [weight for weight in model.parameters() if rank in owners[weight] and weight not in behind]
     names = [*model.named_parameters(), *model.named_buffers()]
     shared = {name: tensor for name, tensor in names if len(owners[tensor]) > 1 and rank in owners[tensor]}
-    _warn_of_waiting(model, share, len(every))
+    highest = [weight for weight in weights if share.highest in known.stages.get(weight, ())]
+    if mode == "exact":
+        _warn_of_waiting(model, share, len(every))
     device = _device(known, share, batch)
     part = _tried(model, share, known, batch, owners)
-    return Fitted(share, every, part, weights, owned, shared, device, inputs_above=False)
+    return Fitted(share, every, part, weights, owned, highest, shared, device, inputs_above=False)
 
 
 def _warn_of_waiting(model: LocalWrapper, share: Share, ranks: int) -> None:
@@ -125,14 +129,21 @@ def _warn_of_waiting(model: LocalWrapper, share: Share, ranks: int) -> None:
     if overlap and ranks > 1 and len(share.stages) <= overlap:
         warnings.warn(
             f"rank {share.rank} has {len(share.stages)} of the stages; with overlap {overlap} it needs {overlap + 1} to have "
-            "units of its own to train while it waits for others. Cut the backbone into more stages",
+            "units of its own to train while it waits for others. Cut the backbone into more stages"
+            + (", or see mode='eager'" if overlap == 1 else ""),
             stacklevel=5,
         )
 
 
-def _check(model: LocalWrapper, mode: str, group: dist.ProcessGroup | None) -> None:
-    if mode != "exact":
-        raise ValueError(f"mode is 'exact'; got {mode!r}")
+def _check(model: LocalWrapper, mode: str, every: Sequence[Share], group: dist.ProcessGroup | None) -> None:
+    if mode not in ("exact", "eager"):
+        raise ValueError(f"mode is 'exact' or 'eager'; got {mode!r}")
+    for share in every if mode == "eager" else ():
+        if len(share.from_above) > 1 or any(model.plan.units[k].lowest < share.highest for k in share.from_above):
+            raise ValueError(
+                f"in eager mode one unit spans a boundary, by the stage below it alone, as with overlap=1; over that above stage "
+                f"{share.highest} go the units {list(share.from_above)}. Take mode='exact', which does any plan"
+            )
     if dist.get_world_size(group) < dist.get_world_size():
         raise ValueError(
             "a pipeline on some of the processes leaves others to a second one, and nothing would average between the two: data "

@@ -11,7 +11,7 @@ from torch import Tensor
 from locallearn.pipeline.fit import Fitted
 from locallearn.pipeline.messages import Header, Kind
 from locallearn.pipeline.share import Share
-from locallearn.pipeline.wire import Inbox, Neighbour, Outbox, PipelineError
+from locallearn.pipeline.wire import Inbox, Outbox, PipelineError
 
 
 class Batch(NamedTuple):
@@ -33,7 +33,9 @@ class Batch(NamedTuple):
 
 
 class Messenger:
-    """Outlets with what belongs to them go up, gradients come down; each way is a process group of its own.
+    """Outlets with what belongs to them go up, gradients come down.
+
+    Each way over each boundary is a process group of its own, since a wait that fails breaks the whole group.
 
     Attributes:
         batch: of the step.
@@ -44,21 +46,28 @@ class Messenger:
     group: Any
 
     def __init__(self, fitted: Fitted, group: dist.ProcessGroup | None, timeout: timedelta) -> None:
-        share, count = fitted.share, len(fitted.shares)
-        members = dist.get_process_group_ranks(group or dist.group.WORLD)
-        up, down, self.group = (dist.new_group(members, timeout=timeout) for _ in range(3))
         self._fitted, self._step = fitted, 0
-        me = f"rank {share.rank} ({_stages(share)})"
+        members = dist.get_process_group_ranks(group or dist.group.WORLD)
+        self.group = dist.new_group(members, timeout=timeout)
+        names = [f"rank {share.rank} ({_stages(share)})" for share in fitted.shares]
+        me = fitted.share.rank
 
-        def line(kind: Any, way: Any, peer: int) -> Any:
-            if not 0 <= peer < count:
+        pairs = [members[lower : lower + 2] for lower in range(len(members) - 1)]
+        groups = [
+            [dist.new_group(pair, timeout=timeout) for _ in range(2)] for pair in pairs
+        ]  # each one made by all ranks
+
+        def line(kind: Any, lower: int, way: int) -> Any:
+            """Between ``lower`` and the rank above it."""
+            if not 0 <= lower < len(pairs):
                 return None
-            return kind(way, me, Neighbour(peer, _stages(fitted.shares[peer])), fitted.device, timeout)
+            return kind(groups[lower][way], me, lower + 1 if me == lower else lower, names, fitted.device, timeout)
 
-        self._up: Outbox | None = line(Outbox, up, share.rank + 1)
-        self._from_below: Inbox | None = line(Inbox, up, share.rank - 1)
-        self._down: Outbox | None = line(Outbox, down, share.rank - 1)
-        self._from_above: Inbox | None = line(Inbox, down, share.rank + 1)
+        up, down = range(2)
+        self._from_below: Inbox | None = line(Inbox, me - 1, up)
+        self._down: Outbox | None = line(Outbox, me - 1, down)
+        self._up: Outbox | None = line(Outbox, me, up)
+        self._from_above: Inbox | None = line(Inbox, me, down)
 
     @property
     def sent(self) -> int:
@@ -98,7 +107,7 @@ class Messenger:
             "targets": batch.targets,
         }
         header = Header(Kind.TENSORS, self._step, seed=batch.seed or 0, seeded=int(batch.seed is not None))
-        self._up.send(told, header, f"the outlet of stage {self._fitted.share.highest}")
+        self._up.send(told, header)
         if self._fitted.share.from_above:
             assert self._from_above is not None
             self._from_above.post(self._step)
@@ -106,28 +115,35 @@ class Messenger:
     def send_gradient(self, unit: int, gradient: Tensor) -> None:
         """Down, one hop."""
         assert self._down is not None
-        self._down.send(gradient, Header(Kind.TENSORS, self._step, unit), f"the gradient of unit {unit}")
+        self._down.send(gradient, Header(Kind.TENSORS, self._step, unit))
 
-    def receive_gradient(self, unit: int) -> Tensor:
-        """From above, at the outlet of the highest stage."""
+    def receive_gradient(self, unit: int, *, later: int = 0) -> Tensor:
+        """From above, at the outlet of the highest stage; of a step that is ``later`` ones ago."""
         assert self._from_above is not None
-        share = self._fitted.share
+        share, step = self._fitted.share, self._step - later
         what = f"the gradient of unit {unit} at the outlet of stage {share.highest}"
-        header, gradient = self._from_above.receive(what, self._step)
+        header, gradient = self._from_above.receive(what, step)
         assert header.unit == unit, f"unit {header.unit}'s gradient instead of {what}"
-        if unit != share.from_above[-1]:
-            self._from_above.post(self._step)
+        if later or unit != share.from_above[-1]:
+            self._from_above.post(step)
         received: Tensor = gradient
         return received
 
     def drain(self, step: int) -> None:
-        """Waits until all messages are through."""
-        if self._up is not None:
-            self._up.end(Header(Kind.FLUSHED, step))
-        if self._down is not None:
-            self._down.drain(step)
+        """Waits until all messages are through, on every rank: word of it goes up to the last one, and down again."""
+        self._step = step
+        end = Header(Kind.FLUSHED, step)
         if self._from_below is not None:
             self._from_below.drain(step)
+        if self._up is not None:
+            self._up.tell(end)
+        if self._from_above is not None:
+            self._from_above.drain(step)
+        if self._down is not None:
+            self._down.tell(end)
+        for box in (self._up, self._down):
+            if box is not None:
+                box.drain(step)
 
     def alarm(self, error: BaseException) -> None:
         """Tells the neighbours that this step has failed here."""

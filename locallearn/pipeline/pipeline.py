@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -17,9 +18,10 @@ from locallearn._walk.gradients import Accumulate
 from locallearn._walk.isolation import Isolation
 from locallearn._walk.segment import version
 from locallearn.pipeline.fit import Fitted, fit
+from locallearn.pipeline.late import Late, copied, swapped
 from locallearn.pipeline.neighbours import Messenger
 from locallearn.pipeline.norms import total_norm
-from locallearn.pipeline.rank_pass import RankPass
+from locallearn.pipeline.rank_pass import RankPass, autocast_off
 from locallearn.pipeline.state import load_model_state, load_optimizer_state, model_state, optimizer_state
 from locallearn.wrapper import LocalWrapper
 
@@ -44,7 +46,12 @@ class Pipeline:
         ranks: how many stages each rank owns, from bottom to top.
         optimizer: makes an optimizer from a list of parameters, those of the rank:
             ``lambda weights: torch.optim.SGD(weights, lr=0.1)``.
-        mode: ``"exact"``.
+        mode: ``"exact"``, or ``"eager"`` for one stage a rank or slow links, with overlap 1. There nobody waits for a gradient
+            from above: that of a rank's highest stage, if a unit above shares it, is taken at the weights of its forward, of
+            which one copy is kept, and applied one step later. In the first step its ``.grad`` is ``None``; :meth:`flush`
+            applies the last one alone. Buffers and all other weights are not delayed. This is another method than one
+            process's: on handwritten digits it cost nothing with two stages on each of two ranks, and 4.8 ± 3.8 points of
+            accuracy with one stage on each of four.
         group: the processes; all of them by default.
         example: a batch that the backbone takes, as for ``LocalWrapper``; one step is tried on it here.
         timeout: how long a rank waits for another one. Then all end with :class:`PipelineError`.
@@ -70,7 +77,7 @@ class Pipeline:
         ranks: Sequence[int],
         optimizer: Optimizer,
         *,
-        mode: Literal["exact"] = "exact",
+        mode: Literal["exact", "eager"] = "exact",
         group: dist.ProcessGroup | None = None,
         example: Tensor | Sequence[Tensor] | None = None,
         timeout: timedelta = timedelta(minutes=5),
@@ -82,6 +89,8 @@ class Pipeline:
         self.optimizer = optimizer(self._fitted.weights)
         self._messenger = Messenger(self._fitted, group, timeout)
         self._step = 0
+        self._eager = mode == "eager" and bool(self._fitted.share.from_above)
+        self._late: Late | None = None
         self.losses = None
 
     def local_step(self, *views: Tensor, targets: Any = None, seed: int | None = None) -> Tensor:
@@ -104,16 +113,13 @@ class Pipeline:
             raise RuntimeError("a pipeline trains, and gradients are disabled here")
         messenger, share = self._messenger, self._fitted.share
         messenger.begin(self._step)
-        try:
+        with self._alarmed():
             if share.rank == 0:
                 inlet = concatenated(views)
                 messenger.open(inlet, len(views), targets, seed)
             else:
                 inlet = messenger.receive_outlet()
             self.losses = self._pass(inlet)
-        except BaseException as error:
-            messenger.alarm(error)
-            raise
         self._step += 1
         return self.losses
 
@@ -125,8 +131,23 @@ class Pipeline:
         return losses
 
     def flush(self) -> None:
-        """Ends the line: every message is through. Called by all ranks, in the end or whenever they do something else."""
-        self._messenger.drain(self._step)
+        """Waits for all ranks to come here, with every message through. Called by all, in the end and before a checkpoint.
+
+        In eager mode the optimizer applies the last gradient of the highest stage, and nothing else.
+
+        Raises:
+            PipelineError: if another rank is lost, or does not answer.
+        """
+        with self._alarmed():
+            if self._late is not None:
+                aside = {weight: weight.grad for weight in self._fitted.weights}
+                self.optimizer.zero_grad()
+                self._finish(self._late)
+                self._late = None
+                self.optimizer.step()
+                for weight, gradient in aside.items():
+                    weight.grad = gradient
+            self._messenger.drain(max(0, self._step - 1))
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
         """Scales all ranks' gradients so that their norm is at most ``max_norm``, as one process would, to the bit.
@@ -153,7 +174,14 @@ class Pipeline:
             {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer, options=options)}
 
         with the functions of ``torch.distributed.checkpoint.state_dict``.
+
+        Raises:
+            RuntimeError: in eager mode, if a gradient is still to come.
         """
+        if self._late is not None:
+            raise RuntimeError(
+                "in eager mode the last gradient of the highest stage is still to be applied; call flush() first"
+            )
         state = {"model": model_state(self.model, self._fitted.owned)}
         return state | {"optimizer": optimizer_state(self.model, self.optimizer)}
 
@@ -176,6 +204,20 @@ class Pipeline:
         """What DistributedDataParallel asks for first."""
         raise TypeError("data parallel and pipeline do not go together yet; train the Pipeline as it is")
 
+    def _finish(self, late: Late, later: int = 0) -> None:
+        gradient = self._messenger.receive_gradient(self._fitted.share.from_above[0], later=later)
+        with autocast_off(gradient.device.type):
+            late.finish(gradient, Accumulate())
+
+    @contextmanager
+    def _alarmed(self) -> Iterator[None]:
+        """What fails here ends the neighbours too."""
+        try:
+            yield
+        except BaseException as error:
+            self._messenger.alarm(error)
+            raise
+
     def _pass(self, inlet: Tensor) -> Tensor:
         messenger, fitted = self._messenger, self._fitted
         model = self.model
@@ -186,14 +228,24 @@ class Pipeline:
             check_rows(last, model.stages[last], features, messenger.batch.rows)
             return unit_loss(k, model.decoders[k], loss, messenger.batch.views, messenger.batch.targets, features)
 
-        before = [version(tensor) for tensor in fitted.shared.values()]
+        versions = [version(tensor) for tensor in fitted.shared.values()]
         torch.clear_autocast_cache()
         isolation = Isolation(model.backbone, model.stages)
+        copies = copied(fitted.highest) if self._eager else {}
+        keep = swapped(model.backbone, copies) if self._eager else None
         with draws(messenger.batch.seed, model) as draw:
-            one = RankPass(fitted.share, model.plan.units, evaluate, Accumulate(), messenger, isolation, draw)
-            fitted.part.run(messenger.batch.inputs, lambda: one.begin(inlet), one.on_outlet)
-            one.finish()
-        if written := [n for (n, t), v in zip(fitted.shared.items(), before, strict=True) if version(t) != v]:
+            one = RankPass(fitted.share, model.plan.units, evaluate, Accumulate(), messenger, isolation, draw, keep)
+            try:
+                fitted.part.run(messenger.batch.inputs, lambda: one.begin(inlet), one.on_outlet)
+            finally:
+                one.close()
+            if self._eager:
+                before, self._late = self._late, Late(*one.held(), copies)
+                if before is not None:
+                    self._finish(before, later=1)
+            else:
+                one.finish()
+        if written := [n for (n, t), v in zip(fitted.shared.items(), versions, strict=True) if version(t) != v]:
             raise ValueError(
                 f"stages of several ranks read {written[:3]}, and a forward has changed it: the ranks' copies would drift apart. "
                 "Give each stage one of its own"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -44,6 +44,7 @@ class RankPass:
         neighbours: the ranks below and above.
         isolation: notes who uses which weight.
         draw: begins the random numbers of a stage or a unit.
+        keep: around the forward of the highest stage, if its gradient is to come later.
     """
 
     def __init__(
@@ -55,10 +56,11 @@ class RankPass:
         neighbours: Neighbours,
         isolation: Isolation,
         draw: Draw,
+        keep: AbstractContextManager[None] | None = None,
     ) -> None:
         self._share, self._units, self._evaluate = share, units, evaluate
         self._accumulator, self._neighbours, self._isolation = accumulator, neighbours, isolation
-        self._draw = draw
+        self._draw, self._keep = draw, keep
         reaching = [units[k] for k in (*share.units, *share.from_above)]
         self._crossed = {s for s in share.stages for unit in reaching if unit.lowest <= s < unit.last}
         self._inlet: Tensor | None = None
@@ -68,7 +70,7 @@ class RankPass:
 
     def begin(self, x: Tensor) -> Tensor:
         """What the lowest stage reads."""
-        self._draw("stage", self._share.lowest)
+        self._starts(self._share.lowest)
         if not self._share.to_below:
             return x
         self._inlet, x = cut(x.requires_grad_(), differentiable=True)
@@ -76,6 +78,8 @@ class RankPass:
 
     def on_outlet(self, stage: int, outlet: Tensor) -> Tensor:
         """A stage has ended."""
+        if stage == self._share.highest:
+            self.close()
         self._segments[stage] = Segment(outlet, self._inlet)
         self._isolation.claim_stage(stage, self._segments[stage].weights)
         if stage == self._share.highest:
@@ -88,14 +92,29 @@ class RankPass:
             self._segments.pop(stage, None)
         if self._inlet is not None:
             self._isolation.opens(stage + 1, self._inlet)
-        self._draw("stage", stage + 1)
+        self._starts(stage + 1)
         return handed_on
+
+    def _starts(self, stage: int) -> None:
+        self._draw("stage", stage)
+        if stage == self._share.highest and self._keep is not None:
+            self._keep.__enter__()
+
+    def close(self) -> None:
+        """Ends what the highest stage was run in, if something fails before its end."""
+        if self._keep is not None:
+            self._keep.__exit__(None, None, None)
+
+    def held(self) -> tuple[Segment, list[Tensor]]:
+        """The highest stage's segment and what waits at its outlet, for a gradient that comes in a later step."""
+        highest = self._share.highest
+        return self._segments.pop(highest), self._pending.pop(highest, [])
 
     def finish(self) -> None:
         """Takes the gradients that come from above."""
         for k in self._share.from_above:
             gradient = [self._neighbours.receive_gradient(k)]
-            with _autocast_off(gradient[0].device.type):
+            with autocast_off(gradient[0].device.type):
                 self._walk(k, gradient)
 
     def _train(self, k: int) -> None:
@@ -109,7 +128,7 @@ class RankPass:
         self.losses.append(loss.detach())
         weights = [weight for weight in leaves(loss) if weight is not leaf]
         self._isolation.claim_unit(weights)
-        with _autocast_off(loss.device.type):
+        with autocast_off(loss.device.type):
             flow = self._accumulator.push(loss, weights, leaf) if loss.requires_grad else []
             self._walk(k, flow)
 
@@ -150,7 +169,8 @@ class RankPass:
         return self._accumulator.push(root, segment.weights, segment.inlet if below else None)
 
 
-def _autocast_off(device: str) -> Any:
+def autocast_off(device: str) -> Any:
+    """A backward is not under autocast."""
     if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         return nullcontext()
     return torch.autocast(device, enabled=False)

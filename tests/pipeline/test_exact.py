@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import TypeAlias
 
 import cases
 import processes
 import pytest
 
-LAYOUTS = {
+Layout: TypeAlias = tuple[str, list[int]]  # a case, and how many stages each rank has
+
+LAYOUTS: dict[int, list[Layout]] = {
     2: [
         *(("loco", ranks) for ranks in ([2, 2], [1, 3], [3, 1])),
         *(("overlap 2", ranks) for ranks in ([3, 2], [1, 4])),
@@ -40,19 +43,29 @@ FULL = [(name, ranks) for name in ("resnet18", "shufflenet", "sequential") for r
 FULL += [("swin", ranks) for ranks in ([2, 1], [1, 2])]
 
 
-def work(rank: int, layouts: list[tuple[str, list[int]]]) -> dict[str, float]:
+EAGER: dict[int, list[Layout]] = {
+    2: [("loco", [2, 2]), ("upper only", [1, 3]), ("vit", [3, 1]), ("resnet50", [2, 2])],
+    4: [("loco", [1, 1, 1, 1]), ("encoder", [1, 1, 1, 1])],
+}
+
+
+def work(rank: int, layouts: list[Layout], eager: list[Layout]) -> dict[str, float]:
     warnings.filterwarnings("ignore", message="rank . has . of the stages")
-    return {f"{name} {ranks}": cases.compare(name, ranks, rank) for name, ranks in layouts}
+    found = {f"{name} {ranks}": cases.compare(name, ranks, rank) for name, ranks in layouts}
+    for name, ranks in eager:
+        for optimizer in (cases.sgd, cases.adamw):
+            found[f"{name} {ranks}, eager, {optimizer.__name__}"] = cases.compare_eager(name, ranks, rank, optimizer)
+    return found
 
 
 @pytest.mark.parametrize("world", LAYOUTS)
 def test_weights_losses_and_buffers_are_those_of_one_process(world: int, tmp_path: Path, full: bool) -> None:
     more = FULL if full and world == 2 else []
-    for found in processes.run(work, world, tmp_path, LAYOUTS[world] + more):
+    for found in processes.run(work, world, tmp_path, LAYOUTS[world] + more, EAGER[world]):
         assert not {layout: off for layout, off in found.items() if off}
 
 
 def test_a_hugging_face_encoder_with_a_padding_mask(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
-    for found in processes.run(work, 2, tmp_path, [("bert", [2, 2]), ("bert", [1, 3])]):
+    for found in processes.run(work, 2, tmp_path, [("bert", [2, 2]), ("bert", [1, 3])], []):
         assert not {layout: off for layout, off in found.items() if off}

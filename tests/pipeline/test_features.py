@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from cases import CASES, off, pipeline, sgd, single
+from cases import CASES, adamw, off, pipeline, sgd, single
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from torch.nn.parallel import DistributedDataParallel
@@ -22,10 +22,6 @@ from locallearn import InfoNCE, LocalWrapper, MLPDecoder, Soft, TokenDecoder
 from locallearn.pipeline import Pipeline
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
-
-
-def adamw(weights: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(weights, lr=0.01)
 
 
 def train(pipe: Pipeline, name: str, steps: range) -> None:
@@ -262,6 +258,7 @@ def refused(rank: int) -> dict[str, str]:
         "loss": tried(wrapped(loss=Labelled())),
         "gather": tried(wrapped(loss=InfoNCE(gather=True))),
         "checkpoint": tried(wrapped(checkpoint=nn.Conv2d)),
+        "eager": tried(CASES["overlap 2"].build(), [3, 2], mode="eager"),
         "one rank": tried(loco.build(), [2, 2] if rank else [3, 1]),
     }
     torch.manual_seed(0)
@@ -275,6 +272,10 @@ def refused(rank: int) -> dict[str, str]:
     with torch.no_grad():
         found["no_grad"] = error(lambda: pipe.step(*loco.views(0, 4)))
     pipe.flush()
+    eager = pipeline(loco, [2, 2], mode="eager")
+    eager.step(*loco.views(0, 4))
+    found["not flushed"] = error(eager.state_dict) if rank == 0 else REFUSALS["not flushed"]
+    eager.flush()
     counted = LocalWrapper(Counted(), ["a", "b", "c", "d"], decoder=MLPDecoder, example=torch.rand(2, 3))
     found["written"] = error(
         lambda: Pipeline(counted, [2, 2], sgd, example=torch.rand(2, 3)).step(*torch.rand(2, 4, 3))
@@ -341,7 +342,9 @@ REFUSALS = {
     "stages": "ranks says how many stages each process owns, at least one, 4 in all, such as ranks=[2, 2]; got [2, 1]",
     "bool": "got [True, 3]",
     "processes": "got [2, 1, 1] for 2 processes",
-    "mode": "mode is 'exact'",
+    "mode": "mode is 'exact' or 'eager'; got 'fast'",
+    "eager": "in eager mode one unit spans a boundary, by the stage below it alone",
+    "not flushed": "RuntimeError: in eager mode the last gradient of the highest stage is still to be applied",
     "ddp": "TypeError: data parallel and pipeline do not go together yet",
     "backbone": "TypeError: a Pipeline divides up a LocalWrapper; got Sequential",
     "soft": "the penalty of Soft ties stages of several ranks together",
@@ -368,4 +371,5 @@ def test_what_does_not_fit_is_refused_on_every_rank(found: list[dict[str, Any]])
 def test_a_rank_with_too_few_stages_is_told_that_it_will_wait(found: list[dict[str, Any]]) -> None:
     (one,), none = (rank["waits"] for rank in found)
     assert "rank 0 has 1 of the stages; with overlap 1 it needs 2" in one
+    assert "mode='eager'" in one
     assert not none
