@@ -40,7 +40,7 @@ INSIDE = {  # likewise within a wing
         {"share"},
     ],
     "distributed": [{"reducer"}, {"averages"}, {"rows"}],
-    "memory": [{"planning"}, {"predict"}, {"pieces"}, {"count", "fakes"}],
+    "memory": [{"planning"}, {"predict", "balance"}, {"pieces"}, {"count", "fakes"}],
     "testing": [{"comparison"}, {"reference"}, {"copies"}],
 }
 ALONE = {"decoders": set(), "models": set(), "plan": set(), "distributed": set(), "losses": {"distributed"}}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from math import inf
 
 import torch
@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from locallearn._fitting.outlets import check_graph, example_batch
 from locallearn._fitting.recomputed import Policy, runs
 from locallearn.decoders import ConvMLPDecoder
+from locallearn.memory.balance import balanced, stage_flops
 from locallearn.memory.fakes import analysed, fake_copy
 from locallearn.memory.pieces import Piece, places, weigh
 from locallearn.memory.predict import predict
@@ -30,12 +31,14 @@ class StagePlan:
         plan: what it was chosen for.
         pieces: what the stages are made of, stage by stage.
         recomputed: the same pieces under ``checkpoint=``.
+        ranks: how many stages each process of a :class:`locallearn.pipeline.Pipeline` gets, if they were chosen for one.
     """
 
     stages: tuple[str, ...]
     plan: Plan
     pieces: tuple[tuple[Piece, ...], ...]
     recomputed: tuple[tuple[Piece, ...], ...]
+    ranks: tuple[int, ...] = ()
 
     def peak(self, overlap: int | None = None, *, checkpoint: bool = False) -> float:
         """The predicted peak of live bytes of a step, without weights, their gradients and the images.
@@ -65,16 +68,22 @@ class StagePlan:
             lines.append(
                 f"{name:34} {peaks[0] / 1e6:>8,.0f} {base / peaks[0]:>6.2f}x {peaks[1] / 1e6:>11,.0f} {base / peaks[1]:>6.2f}x"
             )
+        if self.ranks:
+            costs = [stage_flops(self.plan, s, stage) for s, stage in enumerate(self.pieces)]
+            ends = list(accumulate(self.ranks, initial=0))
+            shares = [f"{sum(costs[a:b]) / sum(costs):.1%}" for a, b in pairwise(ends)]
+            lines += ["", f"FLOPs of a step, rank by rank: {', '.join(shares)}"]
         return "\n".join(lines)
 
 
 def plan_stages(
     model: nn.Module,
     example: Tensor | Sequence[Tensor] | None = None,
-    n: int = 4,
+    n: int | None = None,
     overlap: int = 1,
     budget: float | None = None,
     *,
+    ranks: int | None = None,
     decoder: Callable[[int], nn.Module] = ConvMLPDecoder,
     checkpoint: Policy = False,
     channel_axis: int | None = None,
@@ -88,16 +97,19 @@ def plan_stages(
         model: the backbone; it is left as it is.
         example: a batch as large as those that will be trained on, all views in one, or a sequence of views. By default 64
             RGB images of 224 pixels, such as two views of 32.
-        n: how many stages.
+        n: how many stages; 4 by default, or ``overlap + 1`` a rank.
         overlap: how many of them neighbouring units share.
         budget: ``None`` looks for the lowest peak, and for even computation among those cuts that share it. A number of
             bytes looks for the most even computation among the cuts whose peak fits; ``math.inf`` for that alone.
+        ranks: for a pipeline of as many processes, each of which gets ``n / ranks`` stages: looks for the cuts with which the
+            one that has most to compute has least. A rank computes its forwards, the gradients of its weights, one input
+            gradient for each unit that walks on, and its decoders.
         decoder: makes a unit's decoder from its outlet's width.
         checkpoint: as in ``LocalWrapper``: with it, the cuts are chosen for what is recomputed.
         channel_axis: as in ``LocalWrapper``.
 
     Raises:
-        ValueError: if the model has not enough places, or if nothing fits into the budget.
+        ValueError: if the model has not enough places, if nothing fits into the budget, or if ``ranks`` does not divide ``n``.
 
     Example:
         >>> net = nn.Sequential(*[nn.Conv2d(3 if k == 0 else 8, 8, 3, padding=1) for k in range(6)])
@@ -105,18 +117,36 @@ def plan_stages(
         ('2', '3', '5')
     """
     check_graph(model)
+    n = _stages(n, overlap, budget, ranks)
     batch = sixty_four(model, None) if example is None else example_batch(model, example)
     with analysed(model) as fake:
         plain, lean = _weighed(model, batch, decoder, channel_axis, checkpoint, fake)
     plan = Plan.windows(n, overlap)
-    best = _best(plan, lean if checkpoint else plain, inf if budget is None else budget, peak_first=budget is None)
+    if ranks is None:
+        best = _best(plan, lean if checkpoint else plain, inf if budget is None else budget, peak_first=budget is None)
+    else:
+        best = balanced(plain, plan, ranks)
     ends = [0, *best]
     return StagePlan(
         tuple(plain[end - 1].end for end in best),
         plan,
         tuple(tuple(plain[a:b]) for a, b in pairwise(ends)),
         tuple(tuple(lean[a:b]) for a, b in pairwise(ends)),
+        () if ranks is None else (n // ranks,) * ranks,
     )
+
+
+def _stages(n: int | None, overlap: int, budget: float | None, ranks: int | None) -> int:
+    if ranks is None:
+        return 4 if n is None else n
+    if ranks < 1 or budget is not None:
+        raise ValueError(
+            f"ranks is how many processes a pipeline has, and goes without budget=; got {ranks=}, {budget=}"
+        )
+    n = ranks * (overlap + 1) if n is None else n
+    if n % ranks:
+        raise ValueError(f"each of {ranks} ranks gets as many stages; {n} cannot be divided up like that")
+    return n
 
 
 def sixty_four(model: nn.Module, example: Tensor | Sequence[Tensor] | None) -> Tensor:
