@@ -6,12 +6,16 @@
 
 Times are of forward and backward together, the best of interleaved repetitions; memory is the peak of live bytes beyond
 the inputs, counted at the allocator, and what is kept between forward and backward. A loss whose memory, extrapolated
-from the smaller sizes, would not fit is not run, and its row says so. On a CUDA device, eager and compiled, N goes up
-to 65536.
+from the smaller sizes, would not fit is not run, and its row says so.
+
+On a GPU, with what is installed there (`--quick` takes a minute; without, more sizes, torch.compile and CUDA graphs):
+
+    python benchmarks/infonce.py --device cuda --quick --budget 60 --json infonce.jsonl --write infonce-cuda.md
 """
 
 import argparse
 import importlib
+import itertools
 import math
 import os
 import subprocess
@@ -22,8 +26,10 @@ import time
 import venv
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
+import infonce_cuda
 import torch
 from hardware import processor, versions
 from torch import Tensor
@@ -56,6 +62,12 @@ def ours(**options: object) -> Callable[[], Loss]:
     from locallearn import InfoNCE
 
     return lambda: InfoNCE(TEMPERATURE, **options)
+
+
+def ours_with_top1(**options: object) -> Callable[[], Loss]:
+    from locallearn import InfoNCE
+
+    return lambda: lambda *views: InfoNCE(TEMPERATURE, **options)(*views, return_top1=True)[0]
 
 
 def ours_with_labels() -> Loss:
@@ -144,7 +156,7 @@ def rows() -> list[Row]:
         Row("locallearn", "SupCon, labels", ours_with_labels),
         Row("pytorch-metric-learning SupConLoss", "SupCon, labels", metric_learning_with_labels),
     ]
-    if hasattr(F, "linear_cross_entropy"):
+    if hasattr(F, "linear_cross_entropy") and hasattr(torch.nn, "LinearCrossEntropyOptions"):
         every.insert(8, Row("torch linear_cross_entropy", "one-way", linear_cross_entropy, peer=False))
     return every
 
@@ -352,6 +364,60 @@ def accuracy(every: list[Row]) -> Iterator[str]:
         yield "| " + " | ".join([str(temperature), pairs, "bf16" if autocast else "", *cells]) + " |"
 
 
+def precisions() -> Iterator[str]:
+    """Write relative errors of the gradient of half-precision inputs, N = 256, D = 128, against float64 of the same."""
+    yield "| input | temperature | pairs | precision='single' | precision='input' | plain torch | rounding of the result |"
+    yield "|" + "---|" * 7
+    for dtype, temperature, noise in itertools.product(
+        (torch.bfloat16, torch.float16), (0.1, 0.02), {"random": 100, "related": 1, "aligned": 0.1}.items()
+    ):
+        z0, z1 = (z.detach() for z in embeddings(256, "cpu"))
+        views = [z.to(dtype).requires_grad_() for z in (z0, z0 + noise[1] * z1)]
+        doubles = [view.detach().double().requires_grad_() for view in views]
+        exact = torch.cat(torch.autograd.grad(reference(*doubles, temperature), doubles))
+        from locallearn import info_nce
+
+        losses = [
+            *(partial(info_nce, temperature=temperature, precision=p) for p in ("single", "input")),
+            infonce_cuda.plain("NT-Xent", temperature),
+        ]
+        found = [torch.cat(torch.autograd.grad(loss(*views), views)).double() for loss in losses]
+        errors = [float((g - exact).norm() / exact.norm()) for g in (*found, exact.to(dtype).double())]
+        name = str(dtype).removeprefix("torch.")
+        yield f"| {name} | {temperature} | {noise[0]} | " + " | ".join(f"{error:.1e}" for error in errors) + " |"
+
+
+def equalities() -> Iterator[str]:
+    """Write relative differences of value and gradient from the other libraries' losses, in float64, N = 48."""
+    yield "| form | loss | value | gradient |"
+    yield "|---|---|---|---|"
+    views = [z.detach().double().requires_grad_() for z in embeddings(48, "cpu")]
+    every = rows()
+    for row in every:
+        if row.name == "locallearn":
+            continue
+        mine = next(other for other in every if other.form == row.form).make()(*views)
+        theirs = row.make()(*views)
+        wanted, found = (torch.cat(torch.autograd.grad(loss, views)) for loss in (mine, theirs))
+        value, gradient = float((theirs - mine).abs() / mine), float((found - wanted).norm() / wanted.norm())
+        yield f"| {row.form} | {row.name} | {value:.0e} | {gradient:.0e} |"
+
+
+def top1_cost(sizes: list[int], repeats: int) -> Iterator[str]:
+    """Write how much longer a step takes that also tells top-1, ratios of the best of interleaved repetitions."""
+    yield "| form | " + " | ".join(f"N = {n}" for n in sizes) + " |"
+    yield "|" + "---|" * (len(sizes) + 1)
+    for form in infonce_cuda.PAIRS:
+        settings = {} if form == "NT-Xent" else {"form": form}
+        losses, cells = (ours(**settings)(), ours_with_top1(**settings)()), []
+        for n in sizes:
+            views, best = embeddings(n, "cpu"), [math.inf, math.inf]
+            for _ in range(repeats * max(1, 2048 // n)):
+                best = [min(so_far, step(loss, views)) for so_far, loss in zip(best, losses, strict=True)]
+            cells.append(f"{best[1] / best[0]:.2f}x")
+        yield f"| {form} | " + " | ".join(cells) + " |"
+
+
 def import_milliseconds() -> float:
     """Return what `from locallearn import InfoNCE` costs beyond `import torch`, the best of five processes."""
     code = "import time, torch; t = time.perf_counter(); from locallearn import InfoNCE; print(time.perf_counter() - t)"
@@ -385,27 +451,50 @@ def report(arguments: argparse.Namespace) -> Iterator[str]:
     yield from ["", "## Accuracy", "", "Relative error of the gradient, against float64 without cancellation;"]
     yield from ["promised: at most 3e-6 at temperature 0.1, 3e-5 at 0.02.", ""]
     yield from accuracy([row for row in rows() if row.form == "NT-Xent" and row.growth == 2])
+    yield from [
+        "",
+        "Half precision in: relative error of the gradient, against float64 of the same rounded inputs.",
+        "",
+    ]
+    yield from precisions()
+    yield from ["", "## Equalities", "", "Relative differences between ours and theirs in float64:", ""]
+    yield from equalities()
+    yield from [
+        "",
+        "## Top-1",
+        "",
+        f"A step that also tells top-1, of one that does not; {torch.get_num_threads()} thread(s):",
+        "",
+    ]
+    yield from top1_cost([n for n in arguments.sizes if n <= 4096], arguments.repeats)
     yield from ["", "## Import", "", f"{import_milliseconds():.1f} ms beyond `import torch` (promised: 50).", ""]
-    yield from on_cuda(arguments)
 
 
-def on_cuda(arguments: argparse.Namespace) -> Iterator[str]:
-    """Write the same table for a GPU, with torch.compile."""
-    yield "## CUDA"
-    yield ""
-    if not torch.cuda.is_available():
-        yield "Not measured: no GPU at hand."
-        return
-    every = rows()
-    for row in [row for row in every if row.name in ("locallearn", "plain torch")]:
-        compiled = Row(f"{row.name}, compiled", row.form, lambda make=row.make: torch.compile(make()))
-        every.insert(every.index(row) + 1, compiled)
-    sizes = [512, 2048, 4096, 16384, 65536]
-    limit = 0.8 * torch.cuda.mem_get_info()[0] / 1e6
-    measure(every, sizes, arguments.repeats, arguments.patience, limit, "cuda")
-    yield torch.cuda.get_device_name()
-    yield ""
-    yield from table(every, sizes)
+def on_device(arguments: argparse.Namespace) -> None:
+    """Measure the rows that a GPU is for, as JSON, and write their page."""
+    device = arguments.device
+    every = [(row.form, row.name, row.make) for row in rows() if row.form in infonce_cuda.PAIRS and row.growth == 2]
+    every = [(form, name, make) for form, name, make in every if not name.startswith(("solo", "plain", "pytorch-"))]
+    for number, form in enumerate(infonce_cuda.PAIRS):
+        plainly = partial(infonce_cuda.plain, form, TEMPERATURE)
+        settings = {} if form == "NT-Xent" else {"form": form}
+        every += [(form, "plain torch", plainly)]
+        every += [(form, "locallearn, with top-1", ours_with_top1(**settings))]
+        every += [(form, "locallearn, precision=input", ours(**settings, precision="input"))]
+        mine = ours(**settings)
+        if not arguments.quick:
+            every += [(form, "locallearn, compiled", lambda make=mine: torch.compile(make()))]
+            every += [(form, "plain torch, compiled", lambda make=plainly: torch.compile(make()))]
+        if device == "cuda" and (number == 0 or not arguments.quick):
+            every += [(form, "locallearn, CUDA graph", lambda make=mine: infonce_cuda.graphed(make()))]
+    every.sort(key=lambda row: list(infonce_cuda.PAIRS).index(row[0]))
+    memory_limit = 0.8 * torch.cuda.mem_get_info()[0] / 1e6 if device == "cuda" else 1e3 * arguments.memory
+    cases = infonce_cuda.cases(device, arguments.quick)
+    setting = infonce_cuda.Setting(device, cases, arguments.budget, memory_limit)
+    head, *found = infonce_cuda.write(infonce_cuda.records(every, memory, setting), arguments.json)
+    if arguments.write:
+        arguments.write.parent.mkdir(parents=True, exist_ok=True)
+        arguments.write.write_text("\n".join(infonce_cuda.page(head, found)) + "\n")
 
 
 def in_throw_away_environment() -> int:
@@ -434,7 +523,20 @@ def main() -> None:
     parser.add_argument("--memory", type=float, default=10, help="GB that one loss may use")
     parser.add_argument("--write", type=Path, help="file for the report")
     parser.add_argument("--installed", action="store_true", help="the other libraries are here already")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), help="the GPU's rows instead; cpu tries them at a tiny size"
+    )
+    parser.add_argument("--quick", action="store_true", help="with --device: fewer sizes, nothing compiled")
+    parser.add_argument(
+        "--budget", type=float, default=math.inf, help="with --device: seconds after which no row begins"
+    )
+    parser.add_argument(
+        "--json", type=Path, help="with --device: file for the rows, one line of JSON each, as they come"
+    )
     arguments = parser.parse_args()
+    if arguments.device:
+        on_device(arguments)
+        return
     if not arguments.installed:
         sys.exit(in_throw_away_environment())
     text = "\n".join(report(arguments)) + "\n"

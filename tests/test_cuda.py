@@ -201,3 +201,32 @@ def test_gradients_on_the_device_of_each_stage() -> None:
     views = torch.rand(2, 4, 3, 8, 8).unbind()
     model = LocalWrapper(nn.Sequential(conv(3, 4), Moves()), [0, 1], 0, decoder=MLPDecoder, example=views[0])
     assert [next(decoder.parameters()).device.type for decoder in model.decoders] == ["cpu", "cuda"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tile", [None, 64], ids=["kept", "tiles"])
+@pytest.mark.parametrize("form", ["nt-xent", "two-way", "one-way"])
+def test_infonce_multiplies_half_precision_and_adds_up_in_single(
+    form: str, tile: int | None, dtype: torch.dtype
+) -> None:
+    z0, z1 = torch.randn(2, 200, 64, device="cuda")
+    views = [z.to(dtype).requires_grad_() for z in (z0, z0 + z1)]
+    exact = [view.detach().double().requires_grad_() for view in views]
+    loss, top1 = info_nce(*views, form=form, tile=tile, precision="input", return_top1=True)
+    expected = info_nce(*exact, form=form, tile=0)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(loss.double(), expected, rtol=2 * eps, atol=0)
+    assert (loss.dtype, top1.shape) == (torch.float32, ())
+    for found, wanted in zip(torch.autograd.grad(loss, views), torch.autograd.grad(expected, exact), strict=True):
+        assert (found.double() - wanted).norm() < 4 * eps * wanted.norm()
+
+
+@pytest.mark.parametrize("tile", [None, 64], ids=["kept", "tiles"])
+def test_infonce_compiles_with_products_in_half_precision(tile: int | None) -> None:
+    torch._dynamo.reset()
+    views = [torch.randn(200, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(2)]
+    compiled = torch.compile(lambda *z: info_nce(*z, tile=tile, precision="input"), fullgraph=True)
+    loss, expected = compiled(*views), info_nce(*views, tile=tile, precision="input")
+    torch.testing.assert_close(loss, expected, rtol=1e-2, atol=0)
+    found, wanted = (torch.cat(torch.autograd.grad(value, views)).float() for value in (loss, expected))
+    assert (found - wanted).norm() < 0.03 * wanted.norm()

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from locallearn.distributed.rows import in_use
+from locallearn.distributed.rows import world_size
 
 
 def average_gradients(parameters: Iterable[Tensor], group: dist.ProcessGroup | None = None) -> None:
@@ -32,7 +32,7 @@ def average_gradients(parameters: Iterable[Tensor], group: dist.ProcessGroup | N
     Raises:
         ValueError: if several parts of a DTensor lie in ``group``, and others elsewhere.
     """
-    if not in_use() or dist.get_world_size(group) == 1:
+    if world_size(group) == 1:
         return
     kept = [weight for weight in parameters if weight.requires_grad and not spread(weight, group)]
     for alike in by_kind(kept):

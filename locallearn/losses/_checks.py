@@ -1,16 +1,25 @@
 """What InfoNCE refuses, and what it says then. Shapes, types and settings only: no check reads a tensor's values."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterable, Sequence
 
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
-from locallearn.distributed import world_size
+from locallearn.distributed import in_use, world_size
 
 
 def check_settings(
-    temperature: float | Tensor, form: str, same_label: str, reduction: str, gather: bool | str, tile: int | None
+    temperature: float | Tensor,
+    form: str,
+    same_label: str,
+    reduction: str,
+    gather: bool | str,
+    tile: int | None,
+    precision: str,
 ) -> None:
     """Refuse settings that no input could make right."""
     if isinstance(temperature, Tensor):
@@ -28,11 +37,14 @@ def check_settings(
         ("same_label", same_label, ("attract", "ignore")),
         ("reduction", reduction, ("none", "sum", "mean")),
         ("gather", gather, (True, False, "auto")),
+        ("precision", precision, ("single", "input")),
     ):
         if given not in known:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; got {given!r}")
     if tile is not None and (isinstance(tile, bool) or not isinstance(tile, int) or tile < 0):
         raise ValueError(f"tile must be None (choose by device), 0 (whole matrix) or a number of rows; got {tile!r}")
+    if tile == 0 and precision == "input":
+        raise ValueError("tile=0 is the reference, in single precision or better; precision='input' needs tiles")
 
 
 def check_views(views: Sequence[Tensor]) -> None:
@@ -94,11 +106,48 @@ def check_labels(labels: Tensor, views: Sequence[Tensor], same_label: str) -> No
         raise ValueError("one view has only its labels to find positives by; same_label='ignore' needs two views")
 
 
-def gathers(gather: bool | str) -> bool:
-    """Whether this call uses every rank's embeddings."""
-    if gather is True and not (dist.is_available() and dist.is_initialized()):
+def check_group(gather: bool | str, group: dist.ProcessGroup | None) -> None:
+    """Refuse a group that this process is not in, or whose rows are not to be gathered."""
+    if group is None:
+        return
+    world_size(group)
+    if gather is False:
+        raise ValueError("group= names the ranks whose rows are gathered, and gather=False gathers none: drop one")
+
+
+def gathers(gather: bool | str, group: dist.ProcessGroup | None, negatives: Tensor | None) -> bool:
+    """Whether this call uses the embeddings of other ranks; refuse what would wait for them in vain."""
+    check_group(gather, group)
+    if negatives is not None:
+        if group is not None:
+            raise ValueError("negatives= are taken as they are and nothing is gathered; they do not go with group=")
+        return False
+    if gather is True and not in_use():
         raise ValueError("gather=True needs torch.distributed.init_process_group() first; gather='auto' does not")
-    return gather is not False and world_size() > 1
+    if gather is False or world_size(group) == 1:
+        return False
+    if _joins():
+        raise RuntimeError(
+            "InfoNCE gathers rows of every rank, and a rank that has run out of data does not answer under join(): the "
+            "others would wait for ever. Give the ranks equally many batches (DistributedSampler does), or InfoNCE "
+            "gather=False"
+        )
+    return True
+
+
+def check_alone(everywhere: bool) -> None:
+    """Refuse to gather where torch.func would have to see into a collective."""
+    if everywhere:
+        raise NotImplementedError(
+            "torch.func and forward-mode derivatives do not reach other ranks' rows; compute the loss outside of them, "
+            "or of this rank's rows alone, with gather=False"
+        )
+
+
+def _joins() -> bool:
+    """Whether this is the forward of a DistributedDataParallel inside of its `join()`; elsewhere nothing tells."""
+    running = getattr(DistributedDataParallel, "_active_ddp_module", None)
+    return bool(getattr(getattr(running, "_join_config", None), "enable", False))
 
 
 def _check_floating(name: str, tensor: object) -> None:

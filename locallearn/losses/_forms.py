@@ -1,69 +1,92 @@
 """Which rows meet in each form of the loss, and which computation carries it out."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
 from locallearn.distributed import gather_with_gradient
+from locallearn.losses._kept import Kept
 from locallearn.losses._matrix import matrix_losses
 from locallearn.losses._positives import positives
 from locallearn.losses._precision import LN2
 from locallearn.losses._ranks import AcrossRanks, of_other_ranks
+from locallearn.losses._rows import unit
 from locallearn.losses._tiles import negatives
 
 
-def scale(x: Tensor, temperature: float | Tensor) -> Tensor:
-    """Return what makes the dot products of rows cosine / temperature in bits: (..., D) -> (..., 1).
+class Settings(NamedTuple):
+    """How rows are compared, whatever rows they are.
 
-    It is zero for a row of zeros, and so is that row's gradient.
+    Attributes:
+        form: "nt-xent", "two-way" or "one-way".
+        temperature: a number, or a tensor of one element.
+        bounded: all logits are known to lie within 60 bits.
+        attract: rows of one label are positives, if there are labels; else neither positives nor negatives.
+        alike: all ranks weigh all losses alike.
+        tile: rows and columns of a tile; None chooses, 0 builds the whole matrix by torch's own operators.
+        top1: whether to tell what is nearest.
+        products: the type in which rows are multiplied, if not their own.
+        group: whose ranks' rows are negatives.
     """
-    if isinstance(temperature, Tensor):
-        temperature = temperature.reshape(()).to(x.dtype)
-    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return (norm * (temperature * LN2) ** 0.5).masked_fill(norm == 0, math.inf).reciprocal()
+
+    form: str
+    temperature: float | Tensor
+    bounded: bool
+    attract: bool
+    alike: bool
+    tile: int | None
+    top1: bool
+    products: torch.dtype | None
+    group: dist.ProcessGroup | None
 
 
 def in_batch(
-    rows: Sequence[Tensor],
-    form: str,
-    counts: Sequence[int],
-    labels: Tensor | None,
-    attract: bool,
-    alike: bool,
-    bounded: bool,
-    tile: int | None,
+    views: Sequence[Tensor], counts: Sequence[int], labels: Tensor | None, how: Settings
 ) -> tuple[Tensor, Tensor]:
     """Compare views with each other: V times (N, D) -> losses (A, N) in nats, and whether a positive is nearest (A, N).
 
-    The A anchors are the views that have losses of their own. `counts` holds every rank's N; `alike` promises that all
-    ranks weigh all losses alike.
+    The A anchors are the views that have losses of their own. `counts` holds the N of every rank of the group. What is
+    nearest is told only for `top1`.
     """
-    views, everywhere = len(rows), len(counts) > 1
-    met = _met(form, views)
+    number, everywhere = len(views), len(counts) > 1
+    if labels is None and not everywhere and _may_be_kept(views, how):
+        both = unit(torch.cat(tuple(views)), how.temperature)
+        kept: tuple[Tensor, Tensor] = Kept.apply(both, how.form, how.top1, how.products)
+        return kept
+
+    rows = [unit(view, how.temperature, plainly=how.tile == 0) for view in views]
+    met = _met(how.form, number)
     anchors = 1 + max(u for u, _ in met)
-    tile = _default_tile(rows[0]) if tile is None else tile
-    if everywhere and alike and labels is None and tile:
+    tile = _default_tile(rows[0]) if how.tile is None else how.tile
+    if everywhere and how.alike and labels is None and tile:
         attracting, spread, nearest = _twins(rows, anchors)
-        losses, largest = AcrossRanks.apply(attracting, met, counts, bounded, tile, *rows)
+        settings = how.bounded, tile, how.top1, how.products, how.group
+        losses, largest = AcrossRanks.apply(attracting, met, counts, *settings, *rows)
         return losses + spread * LN2, nearest > largest
 
-    blocks, marks = list(rows), [] if labels is None else [labels] * views  # block b holds view b % V
+    blocks, marks = list(rows), [] if labels is None else [labels] * number  # block b holds view b % V
     if everywhere:
-        blocks += of_other_ranks(rows, counts, gather_with_gradient)
-        marks += [] if labels is None else [mark for mark in of_other_ranks([labels], counts) for _ in rows]
-    looks = [(u, v) for u in range(views) for v in range(len(blocks)) if (u, v % views) in met]
-    attract = attract and labels is not None
+        blocks += of_other_ranks(rows, counts, how.group, gather_with_gradient)
+        marks += [] if labels is None else [mark for mark in of_other_ranks([labels], counts, how.group) for _ in rows]
+    looks = [(u, v) for u in range(number) for v in range(len(blocks)) if (u, v % number) in met]
+    attract = how.attract and labels is not None
     if not tile:
-        return matrix_losses(blocks, marks, looks, views, attract)
+        return matrix_losses(blocks, marks, looks, number, attract)
 
     shape = anchors, rows[0].shape[0]
     own = slice(math.prod(shape))
-    repelling, largest = (part[own].view(shape) for part in negatives(blocks, marks, looks, views, bounded, tile))
+    sums = negatives(blocks, marks, looks, number, how.bounded, tile, how.top1, how.products)
+    repelling, largest = (part[own].view(shape) for part in sums)
     if attract:
-        attracting, spread, nearest = (part[own].view(shape) for part in positives(blocks, marks, looks, tile))
+        sums_of_label = positives(blocks, marks, looks, tile, how.products)
+        attracting, spread, nearest = (part[own].view(shape) for part in sums_of_label)
         alone = attracting == -math.inf  # the only row of its label has no positive, and no loss
         attracting = attracting.masked_fill(alone, math.inf)
     else:
@@ -71,21 +94,25 @@ def in_batch(
     return -F.logsigmoid((attracting - repelling) * LN2) + spread * LN2, nearest > largest
 
 
-def against_given(
-    rows: Sequence[Tensor], others: Tensor, temperature: float | Tensor, bounded: bool, tile: int | None
-) -> tuple[Tensor, Tensor]:
+def against_given(views: Sequence[Tensor], others: Tensor, how: Settings) -> tuple[Tensor, Tensor]:
     """Compare queries and keys, twice (N, D), with negatives (M, D) or (N, M, D) -> losses (N,), and top-1 (N,)."""
-    query, key = rows
+    plainly = how.tile == 0 or others.dim() == 3  # nothing in tiles
+    query, key, others = (unit(x, how.temperature, plainly) for x in (*views, others))
     positive = (query * key).sum(1)
-    scales = scale(others, temperature)
-    tile = _default_tile(query) if tile is None else tile
+    tile = _default_tile(query) if how.tile is None else how.tile
     if others.dim() == 2 and tile:
-        both = negatives([query, others * scales], [], [(0, 1)], 0, bounded, tile)
+        both = negatives([query, others], [], [(0, 1)], 0, how.bounded, tile, how.top1, how.products)
         repelling, largest = (part[: query.shape[0]] for part in both)
     else:
-        dots = query @ (others * scales).t() if others.dim() == 2 else (others @ query[:, :, None] * scales)[:, :, 0]
+        dots = query @ others.t() if others.dim() == 2 else (others @ query[:, :, None])[:, :, 0]
         repelling, largest = (dots * LN2).logsumexp(1) / LN2, dots.detach().amax(1)
     return -F.logsigmoid((positive - repelling) * LN2), positive.detach() > largest
+
+
+def _may_be_kept(views: Sequence[Tensor], how: Settings) -> bool:
+    """Whether the whole matrix is no larger than a tile would be, and the rest as `Kept` wants it."""
+    rows = views[0].shape[0] * (2 if how.form == "nt-xent" else 1)
+    return len(views) == 2 and how.tile is None and how.bounded and rows <= _default_tile(views[0])
 
 
 def _met(form: str, views: int) -> list[tuple[int, int]]:

@@ -11,18 +11,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from locallearn.losses._precision import full_precision, product
-from locallearn.losses._tiles import Tile, log2sumexp2, move, refuse, same_label, save_nothing, tiles, up_to_last
+from locallearn.losses._precision import full_precision, narrow, product
+from locallearn.losses._second import refuse, save_nothing
+from locallearn.losses._tiles import Tile, log2sumexp2, move, same_label, tiles, up_to_last
 
 
 def positives(
-    blocks: Sequence[Tensor], labels: Sequence[Tensor], looks: Sequence[tuple[int, int]], tile: int
+    blocks: Sequence[Tensor],
+    labels: Sequence[Tensor],
+    looks: Sequence[tuple[int, int]],
+    tile: int,
+    products: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return log2 of the sum of 2^logit over a row's positives, that minus their mean, and the largest: (R,) each.
 
     A row without positives gets -inf, zero and -inf. The largest logits carry no gradient.
+    `products` is the type in which rows are multiplied, if not their own.
     """
-    sums, spreads, largest, _ = _positives(blocks, labels, [block for pair in looks for block in pair], tile)
+    flat = [block for pair in looks for block in pair]
+    sums, spreads, largest, _ = _positives(blocks, labels, flat, tile, products)
     return sums, spreads, largest.detach()
 
 
@@ -36,15 +43,21 @@ def _hits(blocks: Sequence[Tensor], labels: Sequence[Tensor], at: Tile) -> tuple
 @torch.library.custom_op(
     "locallearn::positives",
     mutates_args=(),
-    schema="(Tensor[] blocks, Tensor[] labels, SymInt[] looks, SymInt tile) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema="(Tensor[] blocks, Tensor[] labels, SymInt[] looks, SymInt tile, ScalarType? products) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _positives(
-    blocks: Sequence[Tensor], labels: Sequence[Tensor], looks: Sequence[int], tile: int
+    blocks: Sequence[Tensor],
+    labels: Sequence[Tensor],
+    looks: Sequence[int],
+    tile: int,
+    products: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     sums = [block.new_full(block.shape[:1], -torch.inf) for block in blocks]
     largest = [part.clone() for part in sums]
     totals = [torch.zeros_like(part) for part in sums]
     counts = [torch.zeros_like(part) for part in sums]
+    blocks = [narrow(block, products) for block in blocks]
     with full_precision(blocks[0].device):
         for at in tiles(blocks, looks, tile):
             hit, logits = _hits(blocks, labels, at)
@@ -63,14 +76,15 @@ def _positives(
 @torch.library.custom_op(
     "locallearn::positives_backward",
     mutates_args=(),
-    schema="(Tensor[] blocks, Tensor[] labels, SymInt[] looks, SymInt tile, Tensor sums, Tensor counts, "
-    "Tensor grad_sums, Tensor grad_spreads, SymInt wanted) -> Tensor[]",
+    schema="(Tensor[] blocks, Tensor[] labels, SymInt[] looks, SymInt tile, ScalarType? products, Tensor sums, "
+    "Tensor counts, Tensor grad_sums, Tensor grad_spreads, SymInt wanted) -> Tensor[]",
 )
 def _positives_backward(
     blocks: Sequence[Tensor],
     labels: Sequence[Tensor],
     looks: Sequence[int],
     tile: int,
+    products: torch.dtype | None,
     sums: Tensor,
     counts: Tensor,
     grad_sums: Tensor,
@@ -82,6 +96,7 @@ def _positives_backward(
     grad_spreads = grad_spreads.masked_fill(counts <= 1, 0)
     parts = [torch.split(part, sizes) for part in (sums, counts.clamp(min=1).reciprocal(), grad_sums, grad_spreads)]
     moved = [torch.zeros_like(block) for block in blocks[:wanted]]
+    blocks = [narrow(block, products) for block in blocks]
 
     def weights(logits: Tensor, block: int, rows: slice, dim: int) -> Tensor:
         total, mean, grad_sum, grad_spread = (part[block][rows].unsqueeze(dim) for part in parts)
@@ -103,7 +118,11 @@ def _positives_backward(
 
 @_positives.register_fake
 def _(
-    blocks: Sequence[Tensor], labels: Sequence[Tensor], looks: Sequence[int], tile: int
+    blocks: Sequence[Tensor],
+    labels: Sequence[Tensor],
+    looks: Sequence[int],
+    tile: int,
+    products: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     sums = blocks[0].new_empty(sum(block.shape[0] for block in blocks))
     return sums, torch.empty_like(sums), torch.empty_like(sums), torch.empty_like(sums)
@@ -115,6 +134,7 @@ def _(
     labels: Sequence[Tensor],
     looks: Sequence[int],
     tile: int,
+    products: torch.dtype | None,
     sums: Tensor,
     counts: Tensor,
     grad_sums: Tensor,
@@ -125,7 +145,7 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-    blocks, labels, ctx.looks, ctx.tile = inputs
+    blocks, labels, ctx.looks, ctx.tile, ctx.products = inputs
     sums, _, _, counts = output
     ctx.save_for_backward(*blocks, *labels, sums, counts)
     ctx.count = len(blocks)
@@ -135,8 +155,9 @@ def _backward(ctx: Any, grad_sums: Tensor, grad_spreads: Tensor, *_: Tensor) -> 
     *saved, sums, counts = ctx.saved_tensors
     blocks, labels = saved[: ctx.count], saved[ctx.count :]
     wanted = up_to_last(ctx.needs_input_grad[0])
-    moved = _positives_backward(blocks, labels, ctx.looks, ctx.tile, sums, counts, grad_sums, grad_spreads, wanted)
-    return [*moved, *[None] * (ctx.count - wanted)], [None] * len(labels), None, None
+    settings = ctx.looks, ctx.tile, ctx.products
+    moved = _positives_backward(blocks, labels, *settings, sums, counts, grad_sums, grad_spreads, wanted)
+    return [*moved, *[None] * (ctx.count - wanted)], [None] * len(labels), None, None, None
 
 
 _positives.register_autograd(_backward, setup_context=_save)

@@ -6,6 +6,8 @@ compute the gradient of its own rows alone. This takes for granted that all rank
 sum does.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,8 +25,9 @@ class AcrossRanks(torch.autograd.Function):
     """-log sigmoid(positive - negatives) of this rank's anchors, the negatives being every rank's.
 
     Shapes: `positive` (A, N) for the A views that are anchors and V `rows` (N, D), all in bits, -> the losses (A, N) in
-    nats and the largest negative logits (A, N). `met` holds the pairs of views (u, v) in which u's rows have v's as
-    negatives, `counts` every rank's N.
+    nats and, if `top1`, the largest negative logits (A, N). `met` holds the pairs of views (u, v) in which u's rows have v's as
+    negatives, `counts` the N of every rank
+    of the group.
     """
 
     @staticmethod
@@ -35,21 +38,28 @@ class AcrossRanks(torch.autograd.Function):
         counts: Sequence[int],
         bounded: bool,
         tile: int,
+        top1: bool,
+        products: torch.dtype | None,
+        group: dist.ProcessGroup | None,
         *rows: Tensor,
     ) -> tuple[Tensor, Tensor]:
         views, anchors = len(rows), positive.shape[0]
-        blocks = [*rows, *of_other_ranks(rows, counts)]  # block b holds view b % V
+        blocks = [*rows, *of_other_ranks(rows, counts, group)]  # block b holds view b % V
         every = range(len(blocks))
         looks = [(u, v) for u in every for v in every if (u % views, v % views) in met]
-        sums, tops = negatives(blocks, [], [(u, v) for u, v in looks if u < views], views, bounded, tile)
+        sums, tops = negatives(
+            blocks, [], [(u, v) for u, v in looks if u < views], views, bounded, tile, top1, products
+        )
         repelling, largest = (part[: positive.numel()].view_as(positive) for part in (sums, tops))
 
         totals = torch.logaddexp2(repelling, positive)  # (A, N)
         never = totals.new_full((views - anchors, totals.shape[1]), torch.inf)  # views without losses of their own
         totals = torch.cat([totals, never])  # (V, N)
-        ctx.save_for_backward(positive, repelling, torch.cat([*totals, *of_other_ranks(list(totals), counts)]), *blocks)
+        ctx.save_for_backward(
+            positive, repelling, torch.cat([*totals, *of_other_ranks(list(totals), counts, group)]), *blocks
+        )
         ctx.looks = [block for pair in looks for block in pair]
-        ctx.views, ctx.bounded, ctx.tile = views, bounded, tile
+        ctx.settings = views, bounded, tile, products
         ctx.mark_non_differentiable(largest)
         return -F.logsigmoid((positive - repelling) * LN2), largest
 
@@ -59,18 +69,18 @@ class AcrossRanks(torch.autograd.Function):
         grad = grad * LN2  # (A, N), all equal, here and on every other rank
         weights = [grad.mean().expand(block.shape[0]) for block in blocks]
         weights[: grad.shape[0]] = grad
-        moved = negatives_backward(
-            blocks, [], ctx.looks, ctx.views, ctx.bounded, ctx.tile, totals, torch.cat(weights), ctx.views
-        )
-        return -grad * torch.sigmoid((repelling - positive) * LN2), None, None, None, None, *moved
+        views = ctx.settings[0]
+        moved = negatives_backward(blocks, [], ctx.looks, *ctx.settings, totals, torch.cat(weights), views)
+        return -grad * torch.sigmoid((repelling - positive) * LN2), *[None] * 7, *moved
 
 
 def of_other_ranks(
     parts: Sequence[Tensor],
     counts: Sequence[int],
-    gather: Callable[[Tensor, Sequence[int]], list[Tensor]] = gather,
+    group: dist.ProcessGroup | None,
+    gather: Callable[[Tensor, Sequence[int], dist.ProcessGroup | None], list[Tensor]] = gather,
 ) -> list[Tensor]:
-    """Return the same parts, N rows each, of every other rank in turn."""
-    ranks = gather(torch.cat(tuple(parts)), [len(parts) * count for count in counts])
-    del ranks[dist.get_rank()]
+    """Return the same parts, N rows each, of every other rank of the group in turn."""
+    ranks = gather(torch.cat(tuple(parts)), [len(parts) * count for count in counts], group)
+    del ranks[dist.get_rank(group)]
     return [part for rank in ranks for part in rank.chunk(len(parts))]

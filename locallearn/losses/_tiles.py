@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from locallearn.losses._precision import full_precision, product
+from locallearn.losses._precision import full_precision, narrow, product, pull, pull_back
+from locallearn.losses._second import refuse, save_nothing
 
 
 class Tile(NamedTuple):
@@ -85,38 +86,54 @@ def negatives(
     twins: int,
     bounded: bool,
     tile: int,
+    top1: bool,
+    products: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
     """Return log2 of the sum of 2^logit over each row's negatives, and the largest logit: (R,), (R,), block by block.
 
     Where there are labels, one per row of every block, rows of one label are no negatives of each other. A row without
     negatives gets -inf. `bounded` promises that no logit exceeds 60 bits either way, so that 2^logit fits into single
-    precision as it is. The largest logits carry no gradient.
+    precision as it is. The largest logits carry no gradient; they are -inf where nobody asks for `top1`.
+    `products` is the type in which rows are multiplied, if not their own.
     """
-    sums, largest = _negatives(blocks, labels, [block for pair in looks for block in pair], twins, bounded, tile)
+    flat = [block for pair in looks for block in pair]
+    sums, largest = _negatives(blocks, labels, flat, twins, bounded, tile, top1, products)
     return sums, largest.detach()
 
 
 @torch.library.custom_op(
     "locallearn::negatives",
     mutates_args=(),
-    schema="(Tensor[] blocks, Tensor[] labels, SymInt[] looks, SymInt twins, bool bounded, SymInt tile) "
-    "-> (Tensor, Tensor)",
+    schema="(Tensor[] blocks, Tensor[] labels, SymInt[] looks, SymInt twins, bool bounded, SymInt tile, "
+    "bool top1, ScalarType? products) -> (Tensor, Tensor)",
 )
 def _negatives(
-    blocks: Sequence[Tensor], labels: Sequence[Tensor], looks: Sequence[int], twins: int, bounded: bool, tile: int
+    blocks: Sequence[Tensor],
+    labels: Sequence[Tensor],
+    looks: Sequence[int],
+    twins: int,
+    bounded: bool,
+    tile: int,
+    top1: bool,
+    products: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
     sums = [block.new_full(block.shape[:1], -torch.inf) for block in blocks]
     largest = [part.clone() for part in sums]
+    blocks = [narrow(block, products) for block in blocks]
     with full_precision(blocks[0].device):
         for at in tiles(blocks, looks, tile):
             logits, sides = _logits(blocks, labels, twins, at), at.sides()
-            tops = [logits.amax(dim) for dim, _, _ in sides]
-            powers = logits.exp2_() if bounded else None
-            for top, (dim, block, rows) in zip(tops, sides, strict=True):
-                part = log2sumexp2(logits, top, dim) if powers is None else powers.sum(dim).log2_()
+            tops = [logits.amax(dim) for dim, _, _ in sides] if top1 or not bounded else []
+            if bounded:
+                logits.exp2_()
+                parts = [logits.sum(dim).log2_() for dim, _, _ in sides]
+            else:
+                parts = [log2sumexp2(logits, top, dim) for top, (dim, _, _) in zip(tops, sides, strict=True)]
+            del logits  # before the next tile is there
+            for part, (_, block, rows) in zip(parts, sides, strict=True):
                 sums[block][rows] = torch.logaddexp2(sums[block][rows], part)
+            for top, (_, block, rows) in zip(tops if top1 else [], sides, strict=top1):
                 largest[block][rows] = torch.maximum(largest[block][rows], top)
-            del logits, powers  # before the next tile is there
     return torch.cat(sums), torch.cat(largest)
 
 
@@ -124,7 +141,7 @@ def _negatives(
     "locallearn::negatives_backward",
     mutates_args=(),
     schema="(Tensor[] blocks, Tensor[] labels, SymInt[] looks, SymInt twins, bool bounded, SymInt tile, "
-    "Tensor sums, Tensor grad, SymInt wanted) -> Tensor[]",
+    "ScalarType? products, Tensor sums, Tensor grad, SymInt wanted) -> Tensor[]",
 )
 def negatives_backward(
     blocks: Sequence[Tensor],
@@ -133,6 +150,7 @@ def negatives_backward(
     twins: int,
     bounded: bool,
     tile: int,
+    products: torch.dtype | None,
     sums: Tensor,
     grad: Tensor,
     wanted: int,
@@ -146,6 +164,7 @@ def negatives_backward(
     sums = sums.masked_fill(sums == -torch.inf, torch.inf)  # where there are no negatives, 2^(s - sums) is to be 0
     total, share, scale = (torch.split(part, sizes) for part in (sums, grad, grad * torch.exp2(-sums)))
     moved = [torch.zeros_like(block) for block in blocks[:wanted]]
+    blocks = [narrow(block, products) for block in blocks]
 
     def weights(logits: Tensor, at: Tile) -> Tensor:
         if bounded:  # one power serves both directions
@@ -168,15 +187,21 @@ def negatives_backward(
 
 def move(moved: Sequence[Tensor], blocks: Sequence[Tensor], at: Tile, weight: Tensor) -> None:
     """Add what a tile of weights contributes to the gradients of those blocks that want one, the first ones."""
-    moved[at.u][at.rows] += product(weight, blocks[at.v][at.columns].t())
+    moved[at.u][at.rows] += pull(weight, blocks[at.v][at.columns])
     if at.v < len(moved) and not at.on_diagonal:
-        # the rows to the left: oneDNN copies what it gets transposed there, and they are smaller than the weights
-        moved[at.v][at.columns] += product(blocks[at.u][at.rows].t(), weight.t()).t()
+        moved[at.v][at.columns] += pull_back(weight, blocks[at.u][at.rows])
 
 
 @_negatives.register_fake
 def _(
-    blocks: Sequence[Tensor], labels: Sequence[Tensor], looks: Sequence[int], twins: int, bounded: bool, tile: int
+    blocks: Sequence[Tensor],
+    labels: Sequence[Tensor],
+    looks: Sequence[int],
+    twins: int,
+    bounded: bool,
+    tile: int,
+    top1: bool,
+    products: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
     sums = blocks[0].new_empty(sum(block.shape[0] for block in blocks))
     return sums, torch.empty_like(sums)
@@ -190,6 +215,7 @@ def _(
     twins: int,
     bounded: bool,
     tile: int,
+    products: torch.dtype | None,
     sums: Tensor,
     grad: Tensor,
     wanted: int,
@@ -198,7 +224,7 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    blocks, labels, ctx.looks, ctx.twins, ctx.bounded, ctx.tile = inputs
+    blocks, labels, ctx.looks, ctx.twins, ctx.bounded, ctx.tile, _, ctx.products = inputs
     ctx.save_for_backward(*blocks, *labels, output[0])
     ctx.count = len(blocks)
 
@@ -207,24 +233,14 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[object, ...]:
     *saved, sums = ctx.saved_tensors
     blocks, labels = saved[: ctx.count], saved[ctx.count :]
     wanted = up_to_last(ctx.needs_input_grad[0])
-    moved = negatives_backward(blocks, labels, ctx.looks, ctx.twins, ctx.bounded, ctx.tile, sums, grad, wanted)
-    return [*moved, *[None] * (ctx.count - wanted)], [None] * len(labels), None, None, None, None
+    settings = ctx.looks, ctx.twins, ctx.bounded, ctx.tile, ctx.products
+    moved = negatives_backward(blocks, labels, *settings, sums, grad, wanted)
+    return [*moved, *[None] * (ctx.count - wanted)], [None] * len(labels), *[None] * 6
 
 
 def up_to_last(needed: Sequence[bool]) -> int:
     """Count the blocks up to the last one whose gradient is needed."""
     return max((number for number, needs in enumerate(needed, start=1) if needs), default=0)
-
-
-def save_nothing(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
-    """Prepare for `refuse`."""
-
-
-def refuse(ctx: Any, *grads: object) -> tuple[object, ...]:
-    """Refuse to differentiate a backward."""
-    raise NotImplementedError(
-        "InfoNCE computed in tiles has no second derivative; info_nce(..., tile=0) builds the whole matrix and has one"
-    )
 
 
 _negatives.register_autograd(_backward, setup_context=_save)

@@ -1,19 +1,24 @@
 """InfoNCE in all its forms: NT-Xent, CLIP's two directions, MoCo's queue, SupCon."""
 
+from __future__ import annotations
+
 from functools import reduce
 from typing import Literal, overload
 
 import torch
-from torch import Tensor, nn
+import torch.distributed as dist
+from torch import Tensor
 
 from locallearn.distributed import row_counts
 from locallearn.losses import _checks
-from locallearn.losses._forms import against_given, in_batch, scale
+from locallearn.losses._forms import Settings, against_given, in_batch
 from locallearn.losses._precision import LN2, full_precision
+from locallearn.losses._rows import transformed
 
 Form = Literal["nt-xent", "two-way", "one-way"]
 SameLabel = Literal["attract", "ignore"]
 Reduction = Literal["none", "sum", "mean"]
+Precision = Literal["single", "input"]
 Gather = bool | Literal["auto"]
 
 
@@ -27,7 +32,9 @@ def info_nce(
     same_label: SameLabel = ...,
     reduction: Reduction = ...,
     gather: Gather = ...,
+    group: dist.ProcessGroup | None = ...,
     tile: int | None = ...,
+    precision: Precision = ...,
     return_top1: Literal[False] = ...,
 ) -> Tensor: ...
 
@@ -42,7 +49,26 @@ def info_nce(
     same_label: SameLabel = ...,
     reduction: Reduction = ...,
     gather: Gather = ...,
+    group: dist.ProcessGroup | None = ...,
     tile: int | None = ...,
+    precision: Precision = ...,
+    return_top1: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def info_nce(
+    *views: Tensor,
+    temperature: float | Tensor = ...,
+    negatives: Tensor | None = ...,
+    labels: Tensor | None = ...,
+    form: Form = ...,
+    same_label: SameLabel = ...,
+    reduction: Reduction = ...,
+    gather: Gather = ...,
+    group: dist.ProcessGroup | None = ...,
+    tile: int | None = ...,
+    precision: Precision = ...,
     return_top1: bool,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 
@@ -56,7 +82,9 @@ def info_nce(
     same_label: SameLabel = "attract",
     reduction: Reduction = "mean",
     gather: Gather = "auto",
+    group: dist.ProcessGroup | None = None,
     tile: int | None = None,
+    precision: Precision = "single",
     return_top1: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""How hard it is to tell an embedding's positive from its negatives, in nats.
@@ -87,15 +115,21 @@ def info_nce(
     views' means, which is twice the first.
 
     The similarities are computed in tiles, in forward and again in backward, and never held together: memory is of
-    order N D, kept between the two are the normalised rows. All arithmetic is at least single precision, also under
-    autocast (``torch.set_float32_matmul_precision`` does apply). What training leaves of a probability, one minus the
-    softmax, is never computed by subtraction. A row of zeros gets a zero gradient; NaN in gives NaN out, as does a
-    learnable temperature below zero: no check reads values. Second derivatives need ``tile=0``.
+    order N D, kept between the two are the normalised rows; a matrix no larger than one tile is kept too. All arithmetic
+    is at least single precision, also under autocast (``torch.set_float32_matmul_precision`` does apply), unless
+    ``precision="input"``. What training leaves of a probability, one minus the softmax, is never computed by
+    subtraction. Rows may have any length that their type can hold; a row of zeros gets a zero gradient. NaN in gives
+    NaN out, as does a learnable temperature below zero: no check reads values.
+
+    Second derivatives need ``tile=0``. Forward-mode derivatives and ``torch.func`` (``grad``, ``vmap``, ``jvp``, ...)
+    are right, and build the whole matrix, as ``tile=0`` does.
 
     Under ``torch.distributed`` every rank's rows are negatives. What the ranks return averages to the loss of the whole
     batch, and so does DistributedDataParallel with the gradients. A ``mean`` or ``sum`` without labels needs no
     collective in backward, and takes for granted that the ranks scale their losses alike. Ranks may have different N.
-    ``negatives`` are taken as they are, and nothing is gathered.
+    ``negatives`` are taken as they are, and nothing is gathered. With ``group`` all this is true of the group's ranks.
+    All of them have to call the loss equally often: DistributedDataParallel's ``join()`` does not answer for a rank
+    that has run out of data, and the others wait for it. Inside of such a module's forward that is refused.
 
     Args:
         *views: (N, D) embeddings, any floating-point type, not normalised; two views or more, or one with ``labels``.
@@ -108,12 +142,17 @@ def info_nce(
         reduction: ``"mean"``, ``"sum"`` or ``"none"``, which keeps one loss per anchor.
         gather: ``"auto"`` takes every rank's rows where ``torch.distributed`` is initialised; ``True`` insists on it;
             ``False`` stays with this process.
+        group: the process group whose rows are negatives, by default all ranks. Each rank names one that it is in.
         tile: rows and columns of a tile; ``None`` chooses by device, ``0`` builds the whole matrix: the reference.
-        return_top1: return also the share of anchors whose nearest row is a positive, for logging (with
-            ``reduction="none"``, which ones); it comes from the same pass, and a tie is not right.
+        precision: ``"single"``, or ``"input"``: rows of half precision are multiplied in their own type, and added up in
+            single precision, as is all else. Faster on GPUs (torch 2.8 or newer), and less exact: see the docs' table.
+        return_top1: return also the contrastive top-1 accuracy: the share of this rank's anchors whose most similar
+            row, among all candidates, is a positive (with ``reduction="none"``, which ones). It comes from the same
+            pass, without another product; a tie is not right, nor is a row without a positive.
 
     Returns:
-        The loss, single precision or better; with ``return_top1``, the loss and the share.
+        The loss, single precision or better; with ``return_top1``, the loss and the accuracy, a scalar between 0 and 1
+        without a gradient.
 
     Raises:
         ValueError: shapes or settings that do not fit, or too few pairs; the message says which.
@@ -131,102 +170,39 @@ def info_nce(
         >>> top1
         tensor(1.)
     """
-    _checks.check_settings(temperature, form, same_label, reduction, gather, tile)
+    _checks.check_settings(temperature, form, same_label, reduction, gather, tile, precision)
     _checks.check_views(views)
     if negatives is not None:
         _checks.check_negatives(negatives, views, labels, form)
     if labels is not None:
         _checks.check_labels(labels, views, same_label)
-    everywhere = negatives is None and _checks.gathers(gather)
+    everywhere = _checks.gathers(gather, group, negatives)
     _checks.check_pairs(views, labels, form, needed=2 if negatives is None and not everywhere else 1)
 
+    given = views if negatives is None else (*views, negatives)
+    if transformed(*given, *([temperature] if isinstance(temperature, Tensor) else [])):
+        _checks.check_alone(everywhere)
+        tile = 0
+    narrowest = reduce(torch.promote_types, (x.dtype for x in given))
+    dtype = torch.promote_types(narrowest, torch.float32)
+    products = narrowest if precision == "input" and narrowest != dtype else None
+    bounded = not isinstance(temperature, Tensor) and temperature * LN2 * 59 >= 1  # within 60 bits when rounded
+    attract, alike = same_label == "attract", reduction != "none"
+    how = Settings(form, temperature, bounded, attract, alike, tile, return_top1, products, group)
     with full_precision(views[0].device):
-        given = views if negatives is None else (*views, negatives)
-        dtype = reduce(torch.promote_types, (x.dtype for x in given), torch.float32)
-        rows = [x * scale(x, temperature) for x in (view.to(dtype) for view in views)]  # (N, D), dot products are bits
-        counts = row_counts(rows[0]) if everywhere else [rows[0].shape[0]]
-        bounded = not isinstance(temperature, Tensor) and temperature * LN2 * 59 >= 1  # within 60 bits when rounded
+        inputs = [view.to(dtype) for view in views]
+        counts = row_counts(inputs[0], group) if everywhere else [inputs[0].shape[0]]
         if negatives is not None:
-            losses, right = against_given(rows, negatives.to(dtype), temperature, bounded, tile)
+            losses, right = against_given(inputs, negatives.to(dtype), how)
         else:
-            alike = reduction != "none"
-            losses, right = in_batch(rows, form, counts, labels, same_label == "attract", alike, bounded, tile)
+            losses, right = in_batch(inputs, counts, labels, how)
             if form == "one-way":
-                losses, right = losses[0], right[0]
+                losses, right = losses.squeeze(0), right.squeeze(0)
         # what each rank returns averages to the loss of them all; so does DistributedDataParallel
         if reduction == "sum":
             losses = losses.sum() * len(counts)
         elif reduction == "mean":
-            losses = losses.sum() / (right.numel() * sum(counts) / (len(counts) * rows[0].shape[0]))
+            losses = losses.sum() / (right.numel() * sum(counts) / (len(counts) * views[0].shape[0]))
     if not return_top1:
         return losses
     return losses, right if reduction == "none" else right.float().mean()
-
-
-class InfoNCE(nn.Module):
-    """`info_nce` with its settings, which are explained there.
-
-    A learnable temperature is given as an `nn.Parameter`; another tensor becomes a buffer. `forward` takes the views
-    and, as a last positional argument or by name, integer labels (N,).
-
-    Example:
-        >>> loss = InfoNCE(temperature=0.2)
-        >>> loss(torch.ones(4, 8), torch.ones(4, 8))
-        tensor(1.9459)
-        >>> loss
-        InfoNCE(temperature=0.2, form='nt-xent', same_label='attract', reduction='mean', gather='auto')
-    """
-
-    temperature: float | Tensor
-
-    def __init__(
-        self,
-        temperature: float | Tensor = 0.1,
-        *,
-        form: Form = "nt-xent",
-        same_label: SameLabel = "attract",
-        reduction: Reduction = "mean",
-        gather: Gather = "auto",
-        tile: int | None = None,
-        return_top1: bool = False,
-    ) -> None:
-        super().__init__()
-        _checks.check_settings(temperature, form, same_label, reduction, gather, tile)
-        if isinstance(temperature, Tensor) and not isinstance(temperature, nn.Parameter):
-            self.register_buffer("temperature", temperature)
-        else:
-            self.temperature = temperature
-        self.form = form
-        self.same_label = same_label
-        self.reduction = reduction
-        self.gather = gather
-        self.tile = tile
-        self.return_top1 = return_top1
-
-    def forward(
-        self, *views: Tensor, negatives: Tensor | None = None, labels: Tensor | None = None
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Return `info_nce(*views, ...)` with the module's settings."""
-        if labels is None and len(views) > 1 and _are_labels(views[-1]):
-            views, labels = views[:-1], views[-1]
-        return info_nce(
-            *views,
-            temperature=self.temperature,
-            negatives=negatives,
-            labels=labels,
-            form=self.form,
-            same_label=self.same_label,
-            reduction=self.reduction,
-            gather=self.gather,
-            tile=self.tile,
-            return_top1=self.return_top1,
-        )
-
-    def extra_repr(self) -> str:
-        temperature = "learnt" if isinstance(self.temperature, nn.Parameter) else self.temperature
-        names = ("form", "same_label", "reduction", "gather")
-        return f"temperature={temperature}, " + ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
-
-
-def _are_labels(last: object) -> bool:
-    return isinstance(last, Tensor) and last.dim() == 1 and not (last.is_floating_point() or last.is_complex())

@@ -1,5 +1,6 @@
 """InfoNCE straight from its definition, one row and one candidate at a time; slow, and hard to get wrong."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -40,6 +41,27 @@ def oracle(
             denominator = torch.stack(positives + negatives).logsumexp(0)
             losses.append(torch.stack([denominator - logit for logit in positives]).mean())
     return torch.stack(losses).view(len(seen), n)
+
+
+def nearest_is_positive(
+    views: Sequence[Tensor], form: str = "nt-xent", labels: Tensor | None = None, same_label: str = "attract"
+) -> Tensor:
+    """Whether each anchor's most similar candidate is one of its positives: V times (N, D) -> (A, N)."""
+    unit = [view / view.norm(dim=1, keepdim=True) for view in views]
+    n, right = views[0].shape[0], []
+    seen = {"nt-xent": dict.fromkeys(range(len(views)), range(len(views))), "two-way": {0: [1], 1: [0]}}
+    anchors = seen.get(form, {0: [1]})
+    for u, others in anchors.items():
+        for i in range(n):
+            best, best_is_positive = -math.inf, False
+            for v, j in [(v, j) for v in others for j in range(n) if (u, i) != (v, j)]:
+                alike = labels is not None and bool(labels[i] == labels[j])
+                positive = i == j or (alike and same_label == "attract")
+                similarity = (unit[u][i] @ unit[v][j]).item()
+                if (positive or not alike) and similarity > best:
+                    best, best_is_positive = similarity, positive
+            right.append(best_is_positive)
+    return torch.tensor(right).view(len(anchors), n)
 
 
 def pairs(n: int, d: int, seed: int = 0, noise: float = 1.0, dtype: torch.dtype = torch.float64) -> list[Tensor]:

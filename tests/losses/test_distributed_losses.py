@@ -1,5 +1,6 @@
 """With three processes, InfoNCE has the gradient of the whole batch, as DistributedDataParallel averages it."""
 
+import copy
 from pathlib import Path
 from unittest.mock import patch
 
@@ -10,7 +11,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from locallearn import info_nce
+from locallearn import InfoNCE, info_nce
 
 RANKS = 3
 EVEN, UNEVEN = [4, 4, 4], [5, 2, 1]
@@ -72,6 +73,10 @@ def on_each_rank(rank: int, folder: str) -> None:
         except ValueError as error:
             refusals.append(str(error))
     z = torch.randn(4, 3, dtype=torch.float64)
+    try:
+        torch.func.grad(info_nce)(z, z + 1)
+    except NotImplementedError as error:
+        refusals.append(str(error))
     local = (info_nce(z, z + 1, gather=False), info_nce(z, z + 1, negatives=z - 1))
     one = info_nce(z[:1], z[:1] + 1)  # one pair per rank is three pairs
     leaf = z.clone().requires_grad_()
@@ -79,9 +84,69 @@ def on_each_rank(rank: int, folder: str) -> None:
     calls = []
     with patch.object(dist, "all_gather", calls.append), patch.object(dist, "reduce", calls.append):
         loss.backward()
+    shares = top1_of_each_form(rank)
+    groups = [dist.new_group(members) for members in GROUPS]
+    grouped = [in_group(rank, groups[1 - rank % 2], groups[rank % 2], options) for options in OPTIONS]
+    joined = under_join(rank)
     dist.destroy_process_group()
     alone = (info_nce(z, z + 1), info_nce(z, z + 1, negatives=z - 1))
-    torch.save((results, refusals, local, alone, one, calls), f"{folder}/{rank}.pt")
+    torch.save((results, refusals, local, alone, one, calls, shares, grouped, joined), f"{folder}/{rank}.pt")
+
+
+FORMS = [{}, {"form": "two-way"}, {"form": "one-way"}, {"labels": True}, {"tile": 0}, {"reduction": "none"}]
+GROUPS = [(0, 2), (1,)]
+
+
+def top1_of_each_form(rank: int) -> list[Tensor]:
+    (z0, z1), labels, _ = data(EVEN)
+    mine = slice(4 * rank, 4 * rank + 4)
+    shares = []
+    for given in FORMS:
+        options = {**given, "labels": labels[mine]} if "labels" in given else given
+        _, top1 = info_nce(z0[mine], z0[mine] + z1[mine], return_top1=True, **options)
+        shares.append(top1)
+    return shares
+
+
+def in_group(rank: int, other: object, group: object, options: dict) -> tuple[Tensor, Tensor, str]:
+    """Value and gradient of the rows of this rank's group, averaged over it, and what is said to who is not in it."""
+    images, labels, model = data(UNEVEN, options.get("views", 2))
+    mine = slice(sum(UNEVEN[:rank]), sum(UNEVEN[: rank + 1]))
+    loss = loss_of(model, [image[mine] for image in images], labels[mine], {**options, "group": group}, "auto")
+    (gradient,) = torch.autograd.grad(loss, model.weight)
+    found = torch.cat([loss.detach().view(1), gradient.flatten()])
+    dist.all_reduce(found, group=group)
+    try:
+        refused = str(InfoNCE(group=other))
+    except ValueError as error:
+        refused = str(error)
+    return found / dist.get_world_size(group), copy.deepcopy(InfoNCE(group=group)).group is group, refused
+
+
+class WithLoss(nn.Module):
+    def __init__(self, **options: object) -> None:
+        super().__init__()
+        self.layer, self.loss = nn.Linear(5, 4), InfoNCE(**options)
+
+    def forward(self, *images: Tensor) -> Tensor:
+        return self.loss(*map(self.layer, images))
+
+
+def under_join(rank: int) -> tuple[str, bool]:
+    """What is said inside of a module under `join()`; whether the loss is finite without gathering."""
+    views = torch.randn(2, 4, 5)
+    parallel = DistributedDataParallel(WithLoss(gather=False))
+    with parallel.join():
+        for _ in range(rank + 1):
+            loss = parallel(*views)
+            loss.backward()
+    try:
+        parallel = DistributedDataParallel(WithLoss())
+        with parallel.join(), pytest.raises(RuntimeError, match="gather=False") as refusal:
+            parallel(*views)
+    except RuntimeError as error:  # join() itself, which nobody fed
+        return str(error), False
+    return str(refusal.value), bool(loss.isfinite())
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +178,7 @@ def test_local_negatives_alone_would_be_another_loss() -> None:
 
 
 def test_ranks_of_different_width_are_refused_on_every_rank(outcomes: list[tuple]) -> None:
-    for _, (different, equal), *_ in outcomes:
+    for _, (different, equal, _), *_ in outcomes:
         assert "(4, 3), (4, 4), (4, 3)" in different
         assert not equal
 
@@ -124,8 +189,50 @@ def test_without_gathering_each_rank_is_alone(outcomes: list[tuple]) -> None:
 
 
 def test_backward_of_a_mean_needs_no_collective(outcomes: list[tuple]) -> None:
-    assert all(calls == [] for *_, calls in outcomes)
+    assert all(outcome[5] == [] for outcome in outcomes)
 
 
 def test_one_pair_per_rank_is_enough(outcomes: list[tuple]) -> None:
-    assert all(one.isfinite() for *_, one, _ in outcomes)
+    assert all(outcome[4].isfinite() for outcome in outcomes)
+
+
+@pytest.mark.parametrize("case", range(len(FORMS)), ids=[str(case) for case in FORMS])
+def test_top1_counts_the_candidates_of_every_rank(case: int, outcomes: list[tuple]) -> None:
+    (z0, z1), labels, _ = data(EVEN)
+    options = dict(FORMS[case], reduction="none")
+    if options.pop("labels", False):
+        options["labels"] = labels
+    _, right = info_nce(z0, z0 + z1, return_top1=True, **options)
+    assert 0 < right.float().mean() < 1
+    for rank, outcome in enumerate(outcomes):
+        expected, found = right[..., 4 * rank : 4 * rank + 4], outcome[6][case]
+        assert torch.equal(found, expected if "reduction" in FORMS[case] else expected.float().mean())
+
+
+@pytest.mark.parametrize("case", range(len(OPTIONS)), ids=[str(case) for case in OPTIONS])
+def test_a_group_is_a_world_of_its_own(case: int, outcomes: list[tuple]) -> None:
+    options = OPTIONS[case]
+    images, labels, model = data(UNEVEN, options.get("views", 2))
+    for members in GROUPS:
+        rows = torch.cat([torch.arange(sum(UNEVEN[:rank]), sum(UNEVEN[: rank + 1])) for rank in members])
+        loss = loss_of(model, [image[rows] for image in images], labels[rows], options, gather=False)
+        (gradient,) = torch.autograd.grad(loss, model.weight)
+        expected = torch.cat([loss.detach().view(1), gradient.flatten()])
+        if options.get("reduction") == "none":
+            expected = expected / len(members)
+        for rank in members:
+            found, kept, refused = outcomes[rank][7][case]
+            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+            assert kept
+            assert f"rank {rank} does not belong to group=" in refused
+
+
+def test_join_is_refused_where_it_can_be_seen(outcomes: list[tuple]) -> None:
+    for *_, (said, finite) in outcomes:
+        assert "InfoNCE gathers rows of every rank" in said
+        assert finite
+
+
+def test_torch_func_does_not_reach_other_ranks(outcomes: list[tuple]) -> None:
+    for _, (*_, transformed), *_ in outcomes:
+        assert "gather=False" in transformed

@@ -5,10 +5,12 @@ from itertools import product
 
 import pytest
 import torch
-from infonce_oracle import oracle, pairs
+from infonce_oracle import nearest_is_positive, oracle, pairs
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
+import locallearn.losses._flops  # noqa: F401 - teaches the flop counter our operators
 from locallearn import InfoNCE, info_nce
 
 TILES = [None, 0, 1, 3, 5, 64]
@@ -145,6 +147,15 @@ def test_rows_without_negatives_or_positives_have_finite_gradients(labels: Tenso
 
 @pytest.mark.parametrize("tile", [None, 0, 3])
 @pytest.mark.parametrize("form", ["nt-xent", "two-way", "one-way"])
+def test_a_learnable_temperature_is_the_number_that_it_holds(form: str, tile: int | None) -> None:
+    temperature, views = torch.tensor([0.3], dtype=torch.float64, requires_grad=True), views_of(2)
+    loss, expected = (info_nce(*views, temperature=t, form=form, tile=tile) for t in (temperature, 0.3))
+    torch.testing.assert_close(loss, expected, rtol=1e-13, atol=0)
+    torch.testing.assert_close(torch.autograd.grad(loss, views), torch.autograd.grad(expected, views))
+
+
+@pytest.mark.parametrize("tile", [None, 0, 3])
+@pytest.mark.parametrize("form", ["nt-xent", "two-way", "one-way"])
 def test_gradcheck_with_a_learnable_temperature(form: str, tile: int | None) -> None:
     temperature = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(
@@ -172,6 +183,49 @@ def test_top1_counts_the_rows_whose_nearest_row_is_a_positive(tile: int | None) 
     assert torch.equal(rows, expected)
     assert 0 < share == expected.float().mean() < 1
     torch.testing.assert_close(loss, info_nce(*views))
+
+
+@pytest.mark.parametrize("tile", [None, 0, 3])
+@pytest.mark.parametrize("temperature", [0.1, 0.01], ids=["bounded", "unbounded"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"form": form} for form in ("nt-xent", "two-way", "one-way")),
+        {"labels": LABELS},
+        {"labels": LABELS, "same_label": "ignore"},
+        {"labels": LABELS, "form": "one-way"},
+    ],
+    ids=str,
+)
+def test_top1_is_the_oracles_in_every_form(options: dict, temperature: float, tile: int | None) -> None:
+    views = pairs(7, 4, noise=1.5)
+    expected = nearest_is_positive(views, **options)
+    loss, top1 = info_nce(*views, **options, temperature=temperature, tile=tile, return_top1=True)
+    assert 0 < top1.item() < 1
+    torch.testing.assert_close(top1, expected.float().mean())
+    assert (top1.shape, top1.requires_grad) == ((), False)
+    assert torch.equal(loss, info_nce(*views, **options, temperature=temperature, tile=tile))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"form": "one-way"}, {"labels": LABELS}, {"negatives": torch.randn(5, 4)}], ids=str
+)
+def test_top1_takes_no_further_product(options: dict) -> None:
+    counts = []
+    for return_top1 in (False, True):
+        with FlopCounterMode(display=False) as counter:
+            info_nce(*views_of(2), **options, return_top1=return_top1)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+
+
+def test_a_module_gives_top1_in_the_calls_that_ask_for_it() -> None:
+    views = views_of(2)
+    expected = info_nce(*views, form="one-way", return_top1=True)
+    for always in (False, True):
+        criterion = InfoNCE(form="one-way", return_top1=always)
+        assert criterion(*views, return_top1=True) == expected
+        assert criterion(*views, return_top1=False) == expected[0]
 
 
 def test_top1_with_labels_accepts_any_row_of_the_label() -> None:

@@ -18,6 +18,7 @@ from locallearn import InfoNCE, info_nce
 from locallearn.losses._positives import _positives
 from locallearn.losses._tiles import _negatives
 
+functions_compiled = pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # of torch 2.6's dynamo itself
 FORMS = ["nt-xent", "two-way", "one-way"]
 LABELS = torch.tensor([0, 1, 0, 2, 1, 0])
 
@@ -26,18 +27,30 @@ def gradients(loss: Tensor, views: list[Tensor]) -> tuple[Tensor, ...]:
     return torch.autograd.grad(loss, views)
 
 
+@functions_compiled
 @pytest.mark.parametrize(
-    "options", [*({"form": form} for form in FORMS), {"labels": LABELS}, {"temperature": 0.01}, {"tile": 0}], ids=str
+    "options",
+    [
+        *({"form": form, "tile": tile} for form in FORMS for tile in (None, 4)),
+        {"labels": LABELS},
+        {"temperature": 0.01},
+        {"tile": 0},
+        {"precision": "input", "return_top1": True},
+    ],
+    ids=str,
 )
 def test_compiles_into_one_graph(options: dict) -> None:
     torch._dynamo.reset()
-    views = pairs(6, 4, dtype=torch.float32)
+    views = pairs(6, 4, dtype=torch.bfloat16 if "precision" in options else torch.float32)
     compiled = torch.compile(lambda z0, z1: info_nce(z0, z1, **options), fullgraph=True, backend="aot_eager")
-    loss = compiled(*views)
-    torch.testing.assert_close(loss, info_nce(*views, **options))
-    torch.testing.assert_close(gradients(loss, views), gradients(info_nce(*views, **options), views))
+    found, expected = compiled(*views), info_nce(*views, **options)
+    torch.testing.assert_close(found, expected)
+    if options.get("return_top1"):
+        found, expected = found[0], expected[0]
+    torch.testing.assert_close(gradients(found, views), gradients(expected, views))
 
 
+@functions_compiled
 @pytest.mark.filterwarnings("ignore:Skipping serialization")  # of torch 2.6 itself
 def test_compiles_with_inductor() -> None:
     torch._dynamo.reset()
@@ -47,34 +60,41 @@ def test_compiles_with_inductor() -> None:
     expected, expected_top1 = module(*views)
     torch.testing.assert_close((loss, top1), (expected, expected_top1))
     inputs = [*views, module.temperature]
-    torch.testing.assert_close(gradients(loss, inputs), gradients(expected, inputs))
+    torch.testing.assert_close(gradients(loss, inputs), gradients(expected, inputs), rtol=1e-5, atol=1e-6)
 
 
 opchecked = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own
 
 
 @opchecked
+@pytest.mark.parametrize(("top1", "products"), [(True, None), (False, None), (False, torch.bfloat16)])
 @pytest.mark.parametrize("bounded", [True, False])
 @pytest.mark.parametrize("labels", [[], [LABELS, LABELS]], ids=["", "labels"])
-def test_opcheck_of_negatives(bounded: bool, labels: list[Tensor]) -> None:
-    torch.library.opcheck(_negatives, (pairs(6, 4), labels, [0, 0, 0, 1, 1, 0, 1, 1], 2, bounded, 4))
+def test_opcheck_of_negatives(bounded: bool, labels: list[Tensor], top1: bool, products: torch.dtype | None) -> None:
+    torch.library.opcheck(_negatives, (pairs(6, 4), labels, [0, 0, 0, 1, 1, 0, 1, 1], 2, bounded, 4, top1, products))
 
 
 @opchecked
 def test_opcheck_of_positives() -> None:
-    torch.library.opcheck(_positives, (pairs(6, 4), [LABELS, LABELS], [0, 0, 0, 1, 1, 0, 1, 1], 4))
+    torch.library.opcheck(_positives, (pairs(6, 4), [LABELS, LABELS], [0, 0, 0, 1, 1, 0, 1, 1], 4, None))
 
 
-@pytest.mark.parametrize("options", [*({"form": form} for form in FORMS), {"labels": LABELS}], ids=str)
+@pytest.mark.parametrize(
+    "options", [*({"form": form, "tile": tile} for form in FORMS for tile in (None, 4)), {"labels": LABELS}], ids=str
+)
 def test_second_derivative_is_refused_in_tiles_and_right_in_the_matrix(options: dict) -> None:
     views = pairs(6, 4)
     first = torch.autograd.grad(info_nce(*views, **options), views, create_graph=True)
     with pytest.raises(NotImplementedError, match="tile=0"):
         first[0].square().sum().backward()
-    assert torch.autograd.gradgradcheck(lambda z0, z1: info_nce(z0, z1, **options, tile=0, temperature=0.5), views)
+    assert torch.autograd.gradgradcheck(
+        lambda z0, z1: info_nce(z0, z1, **{**options, "tile": 0}, temperature=0.5), views
+    )
 
 
-@pytest.mark.parametrize("options", [*({"form": form} for form in FORMS), {"labels": LABELS}], ids=str)
+@pytest.mark.parametrize(
+    "options", [*({"form": form, "tile": tile} for form in FORMS for tile in (None, 4)), {"labels": LABELS}], ids=str
+)
 def test_fake_and_meta_tensors_give_shapes(options: dict) -> None:
     with FakeTensorMode(allow_non_fake_inputs=True):
         views = [torch.empty(6, 4, requires_grad=True) for _ in range(2)]
@@ -90,12 +110,13 @@ def test_fake_and_meta_tensors_give_shapes(options: dict) -> None:
     assert views[0].grad.shape == (6, 4)
 
 
-def test_autocast_changes_nothing() -> None:
+@pytest.mark.parametrize("tile", [None, 4])
+def test_autocast_changes_nothing(tile: int | None) -> None:
     views = pairs(6, 4, dtype=torch.float32)
-    expected = info_nce(*views)
+    expected = info_nce(*views, tile=tile)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(info_nce(*views), expected)
-        found = gradients(info_nce(*views), views)
+        assert torch.equal(info_nce(*views, tile=tile), expected)
+        found = gradients(info_nce(*views, tile=tile), views)
     assert all(map(torch.equal, found, gradients(expected, views)))
 
 
@@ -107,9 +128,11 @@ def test_backward_into_chosen_inputs() -> None:
     assert views[0].grad is None
 
 
-def test_backward_twice_over_a_retained_graph() -> None:
+@pytest.mark.parametrize("tile", [None, 4])
+@pytest.mark.parametrize("form", FORMS)
+def test_backward_twice_over_a_retained_graph(form: str, tile: int | None) -> None:
     views = pairs(6, 4)
-    loss = info_nce(*views)
+    loss = info_nce(*views, form=form, tile=tile)
     first = torch.autograd.grad(loss, views, retain_graph=True)
     assert all(map(torch.equal, first, torch.autograd.grad(loss, views)))
 

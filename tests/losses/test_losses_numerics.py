@@ -6,8 +6,19 @@ from infonce_oracle import oracle, pairs
 from torch import Tensor
 
 from locallearn import info_nce
+from locallearn.losses._precision import pull, pull_back
 
+DTYPES = [torch.bfloat16, torch.float16]
 FORMS = ["nt-xent", "two-way", "one-way"]
+
+
+LABELS = torch.tensor([0, 1, 0, 2, 1, 0])
+INPUT_CASES = [
+    *({"form": form, "tile": tile} for form in FORMS for tile in (None, 16)),
+    {"labels": torch.arange(48) // 3},
+    {"negatives": 9},
+    {"temperature": 0.02},
+]
 
 
 def relative_error(of: list[Tensor], to: list[Tensor]) -> float:
@@ -121,3 +132,84 @@ def test_loss_does_not_depend_on_the_lengths_of_the_rows(temperature: float) -> 
     torch.testing.assert_close(
         info_nce(z0 * lengths, z1, temperature=temperature), info_nce(z0, z1, temperature=temperature)
     )
+
+
+@pytest.mark.parametrize("size", [1e-42, 1e-36, 1e-25, 1e-12, 1e12, 1e21, 1e30, 1e37])
+@pytest.mark.parametrize("options", [{}, {"tile": 0}, {"tile": 4}, {"form": "one-way"}, {"labels": LABELS}], ids=str)
+def test_rows_of_any_length_in_single_precision(options: dict, size: float) -> None:
+    z0, z1 = (view.detach().float() for view in pairs(6, 8))
+    lengths = torch.tensor([1.0, size, 1.0, size, size, 1.0])[:, None]
+    scaled = [(z0 * lengths).requires_grad_(), (z1 * size).requires_grad_()]
+    exact = [view.detach().double().requires_grad_() for view in scaled]
+    loss, expected = info_nce(*scaled, **options), info_nce(*exact, **options)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    found, wanted = torch.autograd.grad(loss, scaled), torch.autograd.grad(expected, exact)
+    for mine, theirs in zip(found, wanted, strict=True):
+        held = theirs.abs() < torch.finfo(torch.float32).max
+        torch.testing.assert_close(
+            mine[held].double(), theirs[held], rtol=1e-3, atol=float(theirs[held].abs().max()) * 1e-5
+        )
+        assert not mine.isnan().any()
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_negatives_of_any_length(size: float) -> None:
+    query, key = (view.detach().float() for view in pairs(6, 8))
+    queue = torch.randn(5, 8)
+    for negatives in (queue, torch.randn(6, 5, 8)):
+        torch.testing.assert_close(
+            info_nce(query, key, negatives=negatives * size), info_nce(query, key, negatives=negatives)
+        )
+
+
+def test_rows_of_any_length_in_double_precision() -> None:
+    z0, z1 = (view.detach() for view in pairs(6, 8))
+    for size in (1e-290, 1e-170, 1e170, 1e290):
+        torch.testing.assert_close(info_nce(z0 * size, z1), info_nce(z0, z1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", INPUT_CASES, ids=str)
+def test_products_of_the_inputs_precision_are_as_exact_as_the_inputs(options: dict, dtype: torch.dtype) -> None:
+    views = pairs(48, 32, dtype=dtype)
+    exact = [view.detach().double().requires_grad_() for view in views]
+    if "negatives" in options:
+        options = {"negatives": torch.randn(options["negatives"], 32).to(dtype)}
+    loss, expected = info_nce(*views, **options, precision="input"), info_nce(*exact, **options)
+    assert loss.dtype == torch.float32
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(loss.double(), expected, rtol=2 * eps, atol=0)
+    error = relative_error(list(torch.autograd.grad(loss, views)), list(torch.autograd.grad(expected, exact)))
+    assert error < 3 * eps
+    single = relative_error(gradients(views, **options), list(torch.autograd.grad(info_nce(*exact, **options), exact)))
+    assert single < error  # or else nothing was rounded
+
+
+def test_weights_below_the_range_of_half_precision_are_not_lost() -> None:
+    weights, rows = torch.randn(5, 7).double() * 1e-12, torch.randn(7, 4).half()
+    for found, expected in (
+        (pull(weights.float(), rows), weights @ rows.double()),
+        (pull_back(weights.t().float(), rows), weights @ rows.double()),
+    ):
+        assert relative_error([found], [expected]) < torch.finfo(torch.float16).eps
+    assert (pull(torch.zeros(5, 7), rows) == 0).all()
+
+
+def test_single_precision_in_means_single_precision_products() -> None:
+    views = pairs(6, 8, dtype=torch.float32)
+    assert torch.equal(info_nce(*views, precision="input"), info_nce(*views))
+    mixed = [views[0].detach().bfloat16(), views[1].detach()]
+    assert torch.equal(info_nce(*mixed, precision="input"), info_nce(*mixed))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("n", [2, 3, 40, 100])
+def test_a_kept_matrix_and_tiles_agree(n: int, dtype: torch.dtype, form: str) -> None:
+    views = pairs(n, 16, dtype=dtype)
+    kept, tiled = (info_nce(*views, form=form, tile=tile, return_top1=True) for tile in (None, 32))
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(kept[0], tiled[0], rtol=tolerance, atol=0)
+    assert kept[1] == tiled[1]
+    found, expected = (torch.autograd.grad(loss, views) for loss, _ in (kept, tiled))
+    assert relative_error(list(found), [e.double() for e in expected]) < tolerance
