@@ -165,9 +165,9 @@ def _check(model: LocalWrapper, mode: str, every: Sequence[Share], group: dist.P
             "a pipeline yet. Give it a plain model"
         )
     for loss in model.loss.modules() if isinstance(model.loss, nn.Module) else ():
-        if isinstance(loss, InfoNCE) and loss.gather is True:
+        if isinstance(loss, InfoNCE) and (loss.gather is True or loss.group is not None):
             raise ValueError(
-                "InfoNCE(gather=True) takes other ranks' rows, which are of other stages here. Leave gather away"
+                "InfoNCE takes other ranks' rows, which are of other stages here. Leave gather= and group= away"
             )
         if isinstance(loss, InfoNCE):
             loss.gather = False  # a rank has the whole batch
