@@ -89,7 +89,7 @@ class Pipeline:
         self.optimizer = optimizer(self._fitted.weights)
         self._messenger = Messenger(self._fitted, group, timeout)
         self._step = 0
-        self._eager = mode == "eager" and bool(self._fitted.share.from_above)
+        self._mode = mode
         self._late: Late | None = None
         self.losses = None
 
@@ -231,15 +231,17 @@ class Pipeline:
         versions = [version(tensor) for tensor in fitted.shared.values()]
         torch.clear_autocast_cache()
         isolation = Isolation(model.backbone, model.stages)
-        copies = copied(fitted.highest) if self._eager else {}
-        keep = swapped(model.backbone, copies) if self._eager else None
+        delayed = self._mode == "eager" and bool(fitted.share.from_above)
+        copies = copied(fitted.highest) if delayed else {}
+        keep = swapped(model.backbone, copies) if delayed else None
         with draws(messenger.batch.seed, model) as draw:
-            one = RankPass(fitted.share, model.plan.units, evaluate, Accumulate(), messenger, isolation, draw, keep)
+            given = (fitted.share, model.plan.units, evaluate, Accumulate(), messenger, isolation, draw)
+            one = RankPass(*given, eager=self._mode == "eager", keep=keep)
             try:
                 fitted.part.run(messenger.batch.inputs, lambda: one.begin(inlet), one.on_outlet)
             finally:
                 one.close()
-            if self._eager:
+            if delayed:
                 before, self._late = self._late, Late(*one.held(), copies)
                 if before is not None:
                     self._finish(before, later=1)

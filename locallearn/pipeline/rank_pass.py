@@ -34,7 +34,8 @@ class RankPass:
     """One step of a rank.
 
     The order: a stage runs; the top one's outlet leaves at once; the units that end there are trained, the one that reaches
-    below first, whose gradient leaves before the weights here get theirs. In the end come the gradients from above.
+    below first, whose gradient leaves before the weights here get theirs, if somebody waits for it. In the end come the gradients
+    from above.
 
     Args:
         share: what the rank owns.
@@ -44,6 +45,7 @@ class RankPass:
         neighbours: the ranks below and above.
         isolation: notes who uses which weight.
         draw: begins the random numbers of a stage or a unit.
+        eager: whether nobody waits for the gradients that go down.
         keep: around the forward of the highest stage, if its gradient is to come later.
     """
 
@@ -56,11 +58,13 @@ class RankPass:
         neighbours: Neighbours,
         isolation: Isolation,
         draw: Draw,
+        *,
+        eager: bool,
         keep: AbstractContextManager[None] | None = None,
     ) -> None:
         self._share, self._units, self._evaluate = share, units, evaluate
         self._accumulator, self._neighbours, self._isolation = accumulator, neighbours, isolation
-        self._draw, self._keep = draw, keep
+        self._draw, self._eager, self._keep = draw, eager, keep
         reaching = [units[k] for k in (*share.units, *share.from_above)]
         self._crossed = {s for s in share.stages for unit in reaching if unit.lowest <= s < unit.last}
         self._inlet: Tensor | None = None
@@ -139,8 +143,8 @@ class RankPass:
             segment, last, below = self._segments[stage], share.last_uses[stage] == k, stage > unit.lowest
             leaving = below and stage == share.lowest
             pending = self._pending.pop(stage, [])
-            if last and not pending and stage in unit.updates and not leaving:
-                flow = self._push(segment, flow, below=below)
+            if last and not pending and stage in unit.updates and (self._eager or not leaving):
+                flow = self._push(segment, flow, below=below)  # both in one backward
             else:
                 if flow and stage in unit.updates:
                     pending = [pending[0] + flow[0]] if pending else [flow[0]]
@@ -148,10 +152,14 @@ class RankPass:
                     flow = self._pull(segment, flow, retain=bool(pending) or not last)
                 if leaving:
                     self._neighbours.send_gradient(k, flow.pop())
+                    leaving = False
                 if last:
                     self._push(segment, pending, below=False)
                 elif pending:
                     self._pending[stage] = pending
+            if leaving:
+                assert segment.inlet is not None
+                self._neighbours.send_gradient(k, flow.pop() if flow else torch.zeros_like(segment.inlet))
             if last:
                 del self._segments[stage]
 
