@@ -46,6 +46,9 @@ class Link(NamedTuple):
     per_outlet: float = 0.0
 
 
+INSTANT = Link()
+
+
 @dataclass
 class Op:
     """What a rank does at a stretch; messages are named as the sender and the receiver agree."""
@@ -67,7 +70,7 @@ class Span(NamedTuple):
     end: float
 
 
-def run(programs: Sequence[Iterable[Op]], link: Link = Link()) -> list[Span]:  # noqa: B008 - it is never changed
+def run(programs: Sequence[Iterable[Op]], link: Link = INSTANT) -> list[Span]:
     """All operations, with their times.
 
     Raises:
