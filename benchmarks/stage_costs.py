@@ -36,12 +36,12 @@ class _Clock:
 
     def __init__(self, model: LocalWrapper, device: torch.device, times: list[dict[str, list[float]]]) -> None:
         self._model, self._device, self._times = model, device, times
-        self._inlet: Tensor | None = None
+        self._inlets: list[Tensor] = []
         self._mark = 0.0
 
     def run(self, images: Tensor) -> None:
         hooks = hooked(submodules(self._model.backbone, self._model.stages), self._at_cut)
-        self._inlet, handed_on = cut(images.detach().requires_grad_(), differentiable=True)
+        self._inlets, handed_on = cut(images.detach().requires_grad_(), differentiable=True)
         self._mark = self._now()
         with hooks, hooks:
             self._model.backbone(handed_on)
@@ -54,13 +54,13 @@ class _Clock:
     def _at_cut(self, stage: int, outlet: Any) -> Any:
         times = self._times[stage]
         times["forward"].append(self._now() - self._mark)
-        segment = Segment(outlet, self._inlet)
+        segment = Segment(outlet, self._inlets)
         gradient = torch.rand_like(outlet)
-        leaf, features = cut(outlet, differentiable=True)
+        leaves, features = cut(outlet, differentiable=True)
 
         self._mark = self._now()
         loss = self._model.loss(*self._model.decoders[stage](features).chunk(2))  # type: ignore[operator]
-        loss.backward(inputs=[*self._model.decoders[stage].parameters(), leaf])
+        loss.backward(inputs=[*self._model.decoders[stage].parameters(), *leaves])
         times["decoder"].append(self._now() - self._mark)
 
         self._mark = self._now()
@@ -68,8 +68,9 @@ class _Clock:
         times["pull"].append(self._now() - self._mark)
 
         self._mark = self._now()
-        segment.seed([gradient]).backward(inputs=segment.weights)
+        roots, gradients = segment.start([gradient])
+        torch.autograd.backward(roots, gradients, inputs=segment.weights)
         times["push"].append(self._now() - self._mark)
-        self._inlet, handed_on = cut(outlet, differentiable=True)
+        self._inlets, handed_on = cut(outlet, differentiable=True)
         self._mark = self._now()
         return handed_on

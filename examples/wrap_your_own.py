@@ -14,7 +14,7 @@ from locallearn import ConvMLPDecoder, LocalWrapper
 
 
 class Backbone(nn.Module):
-    """Any module will do whose stages hand one tensor on; nothing in it knows of local learning."""
+    """Any module will do whose stages hand on what their last module returns; nothing in it knows of local learning."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -10,23 +10,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from locallearn._fitting.attach import attach, under_autocast
-from locallearn._fitting.objective import (
-    Loss,
-    ViewsChangedError,
-    concatenated,
-    registered,
-    spared,
-    unit_loss,
-    warn_of_fp16,
-)
-from locallearn._fitting.outlets import check_graph, check_rows, example_batch, probe
+from locallearn._fitting.attach import FromOutlet, attach, under_autocast
+from locallearn._fitting.batches import View, ViewsChangedError, concatenated, example_batch, rows, spared
+from locallearn._fitting.features import Features, Which
+from locallearn._fitting.objective import Loss, registered, unit_loss, warn_of_fp16
+from locallearn._fitting.outlets import check_graph, check_rows, probe
 from locallearn._fitting.parallel import check_parallel
 from locallearn._fitting.recomputed import Policy, runs
 from locallearn._walk.cuts import find, submodules
 from locallearn._walk.gradients import Accumulate, Accumulator, Collect, Reduce
 from locallearn._walk.local_pass import LocalPass
 from locallearn._walk.segment import leaves
+from locallearn._walk.trees import mapped, tensors
 from locallearn._walk.uncompiled import uncompiled
 from locallearn.decoders import ConvMLPDecoder
 from locallearn.distributed import StageReducer, covers_the_world, world_size
@@ -46,9 +41,10 @@ class LocalWrapper(nn.Module):
     """Trains ``model`` locally: units of neighbouring stages, each by its own loss through a small decoder.
 
     A :term:`stage` ends *after* each submodule named in ``stages``. What comes before the first cut belongs to stage 0; what
-    comes after the last one (pooling, a classifier) runs, but is not trained. Over a cut passes one tensor and nothing else:
-    a skip connection, a reused module or a shared parameter across it is refused. A :term:`unit` is a run of stages with one
-    loss, whose :term:`decoder` reads the :term:`outlet` of the last of them.
+    comes after the last one (pooling, a classifier) runs, but is not trained. Over a cut passes what the submodule returns, a
+    tensor or several in a tuple, list, dict or dataclass, and nothing else: a skip connection, a reused module or a shared
+    parameter across it is refused. A :term:`unit` is a run of stages with one loss, whose :term:`decoder` reads the
+    :term:`outlet` of the last of them.
 
     ``overlap=0`` is Greedy InfoMax, ``overlap=1`` LoCo, ``overlap=len(stages) - 1`` end-to-end training (SimCLR).
 
@@ -70,10 +66,13 @@ class LocalWrapper(nn.Module):
             ``module -> bool``; or a tuple of those, one inside of another too. Gradients, torch's random numbers and
             BatchNorm's statistics stay as they are without it; a part that depends on other state is refused in the first step,
             which compares what it computes the second time.
-        example: a batch that the backbone takes, to find the outlets' widths with; two 224-pixel RGB images by default.
+        example: a batch that the backbone takes, to find the outlets' widths with: a view, or a list of views; two 224-pixel
+            RGB images by default.
         channel_axis: the axis of the outlets that holds the channels: 1 or -1. By default their shape tells, see
             :func:`locallearn._fitting.outlets.channel_axis`. Four-dimensional outlets with channels last reach the decoder with
             channels first.
+        features: which tensor decoders read where stages return several: an index, a key or attribute, or a callable of
+            what a stage returns, which may put several together; by default the first of real numbers.
 
     Attributes:
         backbone: ``model`` itself.
@@ -84,7 +83,7 @@ class LocalWrapper(nn.Module):
         penalty: the sharing's penalty in the last pass (``Soft``), detached, or ``None``.
 
     Raises:
-        TypeError: for arguments of the wrong kind, or an outlet that is not one tensor.
+        TypeError: for arguments of the wrong kind, or an outlet without a tensor for the decoder.
         ValueError: for stages that do not exist, run or follow each other, and for a plan, decoders or losses that do not
             fit them.
 
@@ -111,8 +110,9 @@ class LocalWrapper(nn.Module):
         plan: Plan | None = None,
         schedule: Schedule = sequential,
         checkpoint: Policy = False,
-        example: Tensor | Sequence[Tensor] | None = None,
+        example: View | Sequence[View] | None = None,
         channel_axis: int | None = None,
+        features: Which = None,
     ) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
@@ -128,9 +128,10 @@ class LocalWrapper(nn.Module):
         check_graph(model)
         check_parallel(model, model)
         if stages == "auto":
-            stages = _automatic(
-                model, plan or (sharing or Hard()).plan(4, overlap), decoder, checkpoint, example, channel_axis
-            )
+            from locallearn.memory.planning import automatic  # noqa: PLC0415 - slow to import, see locallearn/__init__.py
+
+            wanted = plan or (sharing or Hard()).plan(4, overlap)
+            stages = automatic(model, wanted, decoder, checkpoint, example, channel_axis)
         self.stages = find(model, stages)
         self.sharing = Hard() if sharing is None else sharing
         plan = self.sharing.plan(len(self.stages), overlap) if plan is None else plan
@@ -139,11 +140,18 @@ class LocalWrapper(nn.Module):
         self._execution = Execution(plan, schedule)
         self.backbone = model
         batch = example_batch(model, example)
-        images = batch.detach().clone()
-        outlets = probe(model, self.stages, images)
-        self._changes_views = images._version > 0
+        self.features = Features(features)
+        copied = mapped(lambda tensor: tensor.detach().clone(), batch)
+        outlets = probe(model, self.stages, copied, self.features)
+        self._changes_views = any(tensor._version > 0 for tensor in tensors(copied))
         self._runs = runs(model, self.stages, checkpoint, batch)
-        self.decoders = attach(decoder, plan, self.sharing, outlets, channel_axis, under_autocast(model, batch))
+        if checkpoint is True and not self._runs and any(outlet.whole is not None for outlet in outlets):
+            raise ValueError(
+                f"checkpoint=True chooses no submodule of {type(model).__name__}: it takes blocks between which one tensor "
+                "passes. Where blocks return several, name their class: checkpoint=Block"
+            )
+        dtype = under_autocast(model, tensors(batch)[0].device.type)
+        self.decoders = attach(decoder, plan, self.sharing, outlets, channel_axis, dtype, self.features)
         self.loss = registered(InfoNCE() if loss is None else loss, len(plan.units))
         self._whole = [outlet.module is not None for outlet in outlets]
         self._reducer = StageReducer()
@@ -162,7 +170,7 @@ class LocalWrapper(nn.Module):
 
     def local_step(
         self,
-        *views: Tensor,
+        *views: View,
         targets: Any = None,
         grad_scale: float | Tensor | None = None,
         group: dist.ProcessGroup | None = None,
@@ -175,8 +183,9 @@ class LocalWrapper(nn.Module):
 
         Args:
             views: one or more batches of the same shape; the backbone sees them as one batch, the loss one by one.
-                No gradient goes to them.
-            targets: handed to the loss as its last argument, if not ``None``.
+                No gradient goes to them. A view is a tensor; or a tuple or a mapping of tensors and constants, which the
+                backbone gets as ``backbone(*view)`` or ``backbone(**view)``.
+            targets: handed to the loss as its last argument, if not ``None``; of any kind and shape.
             grad_scale: for fp16, ``scaler.scale(torch.ones(()))``, on the scaler's device: the gradients come out multiplied
                 by it, for the scaler's ``unscale_`` or ``step``. (``get_scale()`` says the same, but a GradScaler refuses
                 to step before it has scaled something.)
@@ -204,7 +213,7 @@ class LocalWrapper(nn.Module):
 
     @uncompiled
     def _step(
-        self, views: tuple[Tensor, ...], targets: Any, scale: Scale, group: dist.ProcessGroup | None, seed: int | None
+        self, views: tuple[View, ...], targets: Any, scale: Scale, group: dist.ProcessGroup | None, seed: int | None
     ) -> Tensor:
         if group is None:
             return self._pass(views, targets, Accumulate(), scale, seed)
@@ -213,7 +222,7 @@ class LocalWrapper(nn.Module):
         reduction.finish()
         return losses
 
-    def forward(self, *views: Tensor, targets: Any = None, grad_scale: Scale = None) -> Tensor:
+    def forward(self, *views: View, targets: Any = None, grad_scale: float | Tensor | None = None) -> Tensor:
         """The sum of the units' losses; its backward adds the same gradients as :meth:`local_step`.
 
         They are computed here, unit by unit, and handed to the weights in backward, so that DistributedDataParallel,
@@ -233,7 +242,7 @@ class LocalWrapper(nn.Module):
         return self._call(views, targets, grad_scale)
 
     @uncompiled
-    def _call(self, views: tuple[Tensor, ...], targets: Any, grad_scale: Scale) -> Tensor:
+    def _call(self, views: tuple[View, ...], targets: Any, grad_scale: Scale) -> Tensor:
         check_parallel(self, self.backbone)
         if not torch.is_grad_enabled():
             return self._pass(views, targets, None, None).sum()
@@ -248,21 +257,24 @@ class LocalWrapper(nn.Module):
 
     def _pass(
         self,
-        views: tuple[Tensor, ...],
+        views: tuple[View, ...],
         targets: Any,
         accumulator: Accumulator | None,
         scale: Scale,
         seed: int | None = None,
     ) -> Tensor:
         batch = concatenated(views, copy=self._changes_views)
-        ends, rows = submodules(self.backbone, self.stages), len(batch)
+        ends = submodules(self.backbone, self.stages)
+        length, decoders, features_of = rows(batch), [*self.decoders], self.features
+        each = [*self.loss] if isinstance(self.loss, nn.ModuleList) else [self.loss] * len(decoders)
 
-        def evaluate(k: int, features: Tensor) -> Tensor:
-            loss = self.loss[k] if isinstance(self.loss, nn.ModuleList) else self.loss
-            if not features.ndim or features.shape[0] != rows:
+        def evaluate(k: int, outlet: Any) -> Tensor:
+            decoder, features = decoders[k], features_of(outlet)
+            if not features.ndim or features.shape[0] != length:
                 last = self.plan.units[k].last
-                check_rows(last, self.stages[last], features, rows)
-            return unit_loss(k, self.decoders[k], loss, len(views), targets, features)
+                check_rows(last, self.stages[last], features, length)
+            read = outlet if isinstance(decoder, FromOutlet) else features
+            return unit_loss(k, decoder, each[k], len(views), targets, read)
 
         torch.clear_autocast_cache()  # a weight cast under no_grad before would be found there, without its graph
         local = LocalPass(
@@ -284,17 +296,4 @@ class LocalWrapper(nn.Module):
             penalty = self.sharing.penalty(self.decoders, stages)
             self.penalty = None if penalty is None else penalty.detach()
             if accumulator is not None and penalty is not None and penalty.requires_grad:
-                accumulator.push(penalty if grad_scale is None else penalty * grad_scale, leaves(penalty), None)
-
-
-def _automatic(
-    model: nn.Module, plan: Plan, decoder: Decoder, checkpoint: Policy, example: Any, axis: int | None
-) -> tuple[str, ...]:
-    if not callable(decoder) or isinstance(decoder, nn.Module):
-        raise TypeError(f"stages='auto' needs a decoder= that makes a module from a width; got {decoder!r}")
-    from locallearn.memory.planning import plan_stages, sixty_four  # noqa: PLC0415 - slow to import, see locallearn/__init__.py
-
-    overlap = max(unit.last - unit.first for unit in plan.units)
-    batch = sixty_four(model, example)
-    chosen = plan_stages(model, batch, plan.stages, overlap, decoder=decoder, checkpoint=checkpoint, channel_axis=axis)
-    return chosen.stages
+                accumulator.push(penalty if grad_scale is None else penalty * grad_scale, leaves(penalty), ())

@@ -26,8 +26,10 @@ def weights_of(root: Tensor) -> list[Tensor]:
     return graph(root)[0]
 
 
-def assert_same(ours: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-10) -> None:
-    """Each gradient equal, relative to the larger of its norm and 1e-6 of the largest one's."""
+def assert_same(
+    ours: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-10, floor: float = 1e-6
+) -> None:
+    """Each gradient equal, relative to the larger of its norm and ``floor`` of the largest one's."""
     assert expected, "the oracle found nothing to compare"
-    wrong = differences(ours, expected, tolerance)
+    wrong = differences(ours, expected, tolerance, floor)
     assert not wrong, "; ".join(wrong.values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -181,6 +182,65 @@ POLICIES: dict[str, Any] = {
 }
 
 
+@dataclass
+class Bag:
+    """Tensors that torch does not know of."""
+
+    held: list[Tensor]
+
+
+PACKED: dict[str, Callable[[list[Tensor]], Any]] = {
+    "tuple": tuple,
+    "list": list,
+    "dict": lambda held: dict(enumerate(held)),
+    "nested": lambda held: (held[0], None, {"rest": held[1:], "number": 3}),
+    "dataclass": Bag,
+}
+
+
+def held(state: Any) -> list[Tensor]:
+    """The tensors in whatever :data:`PACKED` makes, or a tensor alone; one that is there twice is listed twice."""
+    if isinstance(state, Tensor):
+        return [state]
+    if isinstance(state, Bag):
+        return state.held
+    if isinstance(state, dict):
+        return [tensor for value in state.values() for tensor in held(value)]
+    return [tensor for value in state for tensor in held(value)] if isinstance(state, list | tuple) else []
+
+
+WIRINGS: dict[str, Callable[[list[Tensor], int, int, nn.Module], None]] = {
+    "one changes": lambda x, i, j, inner: x.__setitem__(i, inner(x[i])),
+    "one from another": lambda x, i, j, inner: x.__setitem__(i, inner(x[j])),
+    "from two": lambda x, i, j, inner: x.__setitem__(i, inner(x[i] + x[j].sin())),
+    "one more": lambda x, i, j, inner: x.append(inner(x[i])),
+    "the same again": lambda x, i, j, inner: x.append(x[i]),
+    "a view": lambda x, i, j, inner: x.insert(j, x[i].transpose(2, 3)),
+    "without a graph": lambda x, i, j, inner: x.append(x[i].detach()),
+    "one less": lambda x, i, j, inner: None if len(x) == 1 else x.__delitem__(i),
+    "the other way round": lambda x, i, j, inner: x.reverse(),
+}
+
+
+class Wired(nn.Module):
+    """Takes several tensors and returns several: ``inner`` changes one of them, and the others are handed through."""
+
+    def __init__(self, inner: nn.Module, wirings: list[tuple[str, int, int]], packed: str) -> None:
+        super().__init__()
+        self.inner, self.wirings, self.packed = inner, wirings, packed
+
+    def forward(self, state: Any) -> Any:
+        tensors = [*held(state)]
+        for wiring, i, j in self.wirings:
+            WIRINGS[wiring](tensors, i % len(tensors), j % len(tensors), self.inner)
+        return PACKED[self.packed](tensors[:4])
+
+
+def all_of(outlet: Any) -> Tensor:
+    """For ``features=``."""
+    return torch.cat(held(outlet), 1)
+
+
 class Net(nn.Sequential):
     """A chain, parts of which run under ``torch.no_grad``.
 
@@ -202,12 +262,13 @@ class Net(nn.Sequential):
 
 
 class Drawn(NamedTuple):
-    """A backbone, where to cut it, what to recompute, and how exact its gradients can be."""
+    """A backbone, where to cut it, what to recompute, whether it is single inside, and what decoders read."""
 
     backbone: Net
     cuts: list[int]
     policy: Any
-    tolerance: float
+    single: bool
+    features: Any
 
 
 @st.composite
@@ -239,7 +300,14 @@ HOOKS: dict[str, Callable[[nn.Module], object]] = {
 def networks(draw: st.DrawFn) -> Drawn:
     """A network of 2 to 6 parts, one to five stages."""
     torch.manual_seed(draw(st.integers(0, 2**16), label="seed"))
-    backbone = Net(*[draw(parts()) for _ in range(draw(st.integers(2, 6)))])
+    layers = [draw(parts()) for _ in range(draw(st.integers(2, 6)))]
+    if draw(st.integers(0, 2), label="passes several tensors") == 0:
+        wiring = st.tuples(st.sampled_from(list(WIRINGS)), st.integers(0, 3), st.integers(0, 3))
+        layers = [
+            Wired(layer, draw(st.lists(wiring, min_size=1, max_size=3)), draw(st.sampled_from(list(PACKED))))
+            for layer in layers
+        ]
+    backbone = Net(*layers)
     size = len(backbone)
     cuts = sorted(draw(st.sets(st.integers(0, size - 1), min_size=1, max_size=5), label="cuts"))
     policy = POLICIES[draw(st.sampled_from(list(POLICIES)), label="policy")]
@@ -252,7 +320,9 @@ def networks(draw: st.DrawFn) -> Drawn:
         first = draw(st.integers(0, size - 1), label="from")
         backbone.without = ((first, draw(st.integers(first, size - 1), label="to")),)
     if draw(st.booleans(), label="has hooks"):
-        for at in draw(st.sets(st.integers(0, len(modules) - 1), min_size=1, max_size=3)):
-            HOOKS[draw(st.sampled_from(list(HOOKS)), label="hook")](modules[at])
+        hooked = [module for module in modules if not isinstance(module, Wired)]
+        for at in draw(st.sets(st.integers(0, len(hooked) - 1), min_size=1, max_size=3)):
+            HOOKS[draw(st.sampled_from(list(HOOKS)), label="hook")](hooked[at])
     single = any(isinstance(module, Single) for module in modules)
-    return Drawn(backbone, cuts, policy, 1e-3 if single else 1e-8)
+    features = draw(st.sampled_from([None, all_of]), label="features")
+    return Drawn(backbone, cuts, policy, single, features)

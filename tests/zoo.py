@@ -128,20 +128,6 @@ class SharedWeight(Chain):
         self.c.weight = self.a.weight
 
 
-class Pair(nn.Module):
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return x, x
-
-
-class ReturnsPair(Chain):
-    def __init__(self) -> None:
-        super().__init__()
-        self.b = Pair()  # type: ignore[assignment]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.c(self.b(self.a(self.stem(x)))[0])
-
-
 class SkipsAtRandom(Chain):
     """LayerDrop: the middle stage's second convolution runs in some training steps only."""
 

@@ -9,9 +9,10 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from locallearn._fitting.features import Features, described
 from locallearn._fitting.outlets import Outlet, agreed_axis
 from locallearn._fitting.quiet import undisturbed
-from locallearn._walk.segment import unchanged
+from locallearn._walk.segment import cut, unchanged
 from locallearn.plan import Plan
 from locallearn.sharing import Sharing
 
@@ -23,8 +24,11 @@ def attach(
     outlets: Sequence[Outlet],
     axis: int | None,
     dtype: torch.dtype | None = None,
+    read: Features | None = None,
 ) -> nn.ModuleList:
-    """One module per unit, from the outlet of the unit's last stage to what its loss reads.
+    """One module per unit, from the features of the unit's last stage to what its loss reads.
+
+    One that begins with a private stage is a :class:`FromOutlet`, and takes the outlet as a whole.
 
     Args:
         decoder: makes a module from the outlet's width; or the modules themselves.
@@ -34,6 +38,7 @@ def attach(
         axis: where the outlets have their channels, or ``None`` to go by their shape.
         dtype: of the decoders' weights; by default each has that of what it reads. For a complex outlet that is the real
             one, since the decoder makes it real, but weights that are complex stay so.
+        read: takes the features out of what a private stage returns.
 
     Raises:
         TypeError: if ``decoder`` is or makes something else.
@@ -45,25 +50,42 @@ def attach(
     attached = nn.ModuleList()
     for k, unit in enumerate(plan.units):
         features, parts = outlets[unit.last].features, list[nn.Module]()
+        given = features
         if (private := sharing.private(unit, stages)) is not None:
-            parts.append(private)
+            given = features if outlets[unit.last].whole is None else outlets[unit.last].whole
             quiet = undisturbed(private)
             with quiet, quiet, torch.no_grad():
-                features = private(features)
+                above = private(given)
+                features = (read or Features())(above)
+            parts += [private] if features is above else [private, _Read(read or Features())]
         at = agreed_axis(features, outlets[unit.last].weights if private is None else ()) if axis is None else axis
         if at == -1 and features.ndim > 3:
             parts.append(_ChannelsFirst())
         parts.append(make(k, features.shape[at]))
         _follow(parts[-1], features, dtype)
-        whole = parts[0] if len(parts) == 1 else nn.Sequential(*parts)
-        _try(k, whole, outlets[unit.last].features)
+        whole = FromOutlet(*parts) if private is not None else parts[0] if len(parts) == 1 else nn.Sequential(*parts)
+        _try(k, whole, given)
         attached.append(whole)
     return attached
 
 
-def under_autocast(model: nn.Module, batch: Tensor) -> torch.dtype | None:
+class FromOutlet(nn.Sequential):
+    """A decoder that takes all that a stage returned, as the next stage does."""
+
+
+class _Read(nn.Module):
+    """What of a private stage's outlet the rest of the decoder reads."""
+
+    def __init__(self, features: Features) -> None:
+        super().__init__()
+        self.features = features
+
+    def forward(self, outlet: Any) -> Tensor:
+        return self.features(outlet)
+
+
+def under_autocast(model: nn.Module, device: str) -> torch.dtype | None:
     """Under autocast an outlet's dtype does not tell that of weights."""
-    device = batch.device.type
     if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         return None
     return next((weight.dtype for weight in model.parameters() if weight.is_floating_point()), None)
@@ -115,20 +137,24 @@ def _follow(decoder: nn.Module, features: Tensor, dtype: torch.dtype | None) -> 
         convert(lambda weight: weight.to(features.device, wanted(weight)))
 
 
-def _try(k: int, decoder: nn.Module, outlet: Tensor) -> None:
+def _try(k: int, decoder: nn.Module, outlet: Any) -> None:
     quiet = undisturbed(decoder)
     with quiet, quiet, torch.no_grad(), unchanged(outlet, f"the decoder of unit {k}"):
         try:
-            decoder(outlet.detach())
+            decoder(cut(outlet, differentiable=False)[1])
         except Exception as error:
             complex_ = (
                 ""
-                if not outlet.is_complex()
+                if not (isinstance(outlet, Tensor) and outlet.is_complex())
                 else (
                     ". The outlet is complex: begin the decoder with what makes it real, such as abs() or torch.view_as_real"
                 )
             )
             raise ValueError(
-                f"the decoder of unit {k} does not run on the outlet it reads, of shape {tuple(outlet.shape)}: "
+                f"the decoder of unit {k} does not run on the outlet it reads, {_told(outlet)}: "
                 f"{str(error) or type(error).__name__}{complex_}"
             ) from error
+
+
+def _told(outlet: Any) -> str:
+    return f"of shape {tuple(outlet.shape)}" if isinstance(outlet, Tensor) else described(outlet)

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from locallearn._fitting.quiet import undisturbed
 from locallearn._walk.segment import cut, version
+from locallearn._walk.trees import called, mapped
 from locallearn._walk.undo import attached
 
 Place: TypeAlias = tuple[Any, int]  # a node of the graph, and which of its outputs
@@ -40,7 +41,7 @@ class _Call(NamedTuple):
     made: int
 
 
-def links(backbone: nn.Module, batch: Tensor) -> list[Link]:
+def links(backbone: nn.Module, batch: Any) -> list[Link]:
     """Runs ``backbone`` once, in eval mode and without a trace, and finds every place where one tensor passes.
 
     Such a place is the end of a submodule's call after which nothing that was made or used before is needed any more, but
@@ -75,18 +76,22 @@ def links(backbone: nn.Module, batch: Tensor) -> list[Link]:
 
     quiet, hooks = undisturbed(backbone), attached(dict.fromkeys(names, enter), dict.fromkeys(names, leave))
     with quiet, quiet, hooks, hooks, torch.enable_grad():
-        images = batch.detach().clone()
-        if images.is_floating_point():
-            images = cut(images.requires_grad_(), differentiable=True)[1]  # no leaf, which may not be changed in place
-        result = backbone(images)
+        images = mapped(_begun, batch)
+        result = called(backbone, images)
     return _chain(calls, _Alive(result), images, passed)
+
+
+def _begun(tensor: Tensor) -> Tensor:
+    """A copy that a graph begins with, and that is no leaf, which may not be changed in place."""
+    images = tensor.detach().clone()
+    return cut(images.requires_grad_(), differentiable=True)[1] if images.is_floating_point() else images
 
 
 def _scripted(module: nn.Module) -> bool:
     return isinstance(module, torch.jit.ScriptModule)
 
 
-def _chain(calls: list[_Call], alive: _Alive, below: Tensor, passed: list[Tensor]) -> list[Link]:
+def _chain(calls: list[_Call], alive: _Alive, below: Any, passed: list[Tensor]) -> list[Link]:
     often = {call.name for call in calls if sum(other.name == call.name for other in calls) > 1}
     ending: dict[Place, list[_Call]] = {}
     for call in calls:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from locallearn._walk.segment import version
+from locallearn._walk.trees import tensors
 
 Loss: TypeAlias = Callable[..., Tensor]
 
@@ -39,7 +38,7 @@ def unit_loss(k: int, decoder: nn.Module, loss: Loss, views: int, targets: Any, 
         raise ValueError(
             f"the loss of unit {k} has lost the graph of what it was given; does it detach, or use no_grad?"
         )
-    return value.reshape(())
+    return value.reshape(()) if value.ndim else value
 
 
 def _split(k: int, output: Any, views: int) -> Sequence[Any]:
@@ -51,59 +50,6 @@ def _split(k: int, output: Any, views: int) -> Sequence[Any]:
             f"the decoder of unit {k} returns one tensor, the {views} views along its first axis; got {got}"
         )
     return output.chunk(views)
-
-
-def concatenated(views: Sequence[Tensor], *, copy: bool = False) -> Tensor:
-    """The views as one batch, without a graph, so that BatchNorm sees all of them.
-
-    Args:
-        views: of one shape, dtype and device.
-        copy: whether the batch may be changed in place. If not, views that are neighbours in memory are the batch.
-
-    Raises:
-        TypeError: if one is not a tensor.
-        ValueError: if there are none, or if their shapes differ.
-    """
-    if not views:
-        raise ValueError("a local pass needs at least one view; got none")
-    if wrong := [type(view).__name__ for view in views if not isinstance(view, Tensor)]:
-        raise TypeError(f"views are tensors, one argument per view: model.local_step(view1, view2); got {wrong}")
-    if len({(view.shape, view.dtype, view.device) for view in views}) > 1:
-        kinds = "; ".join(f"{tuple(view.shape)} {view.dtype} on {view.device}" for view in views)
-        raise ValueError(
-            f"the views pass the backbone as one batch, so they need the same shape, dtype and device; got {kinds}"
-        )
-    first, storage = views[0].detach(), views[0].untyped_storage()
-    if not copy and all(
-        view.is_contiguous()
-        and (not view.is_inference() or torch.is_inference_mode_enabled())  # no graph may save such a tensor
-        and view.untyped_storage() is storage
-        and view.storage_offset() == first.storage_offset() + k * first.numel()
-        for k, view in enumerate(views)
-    ):  # neighbours in memory, as from images.chunk(2), need no copy
-        flat = first.as_strided((len(views) * first.numel(),), (1,))
-        return flat.view(len(views) * len(first), *first.shape[1:])
-    return torch.cat([view.detach() for view in views])
-
-
-@contextmanager
-def spared(batch: Tensor, views: Sequence[Tensor]) -> Iterator[None]:
-    """Notices if ``batch`` is changed in place where it is the user's own ``views``.
-
-    Raises:
-        ViewsChangedError: at the end, if they were changed.
-    """
-    before = version(batch)
-    yield
-    if version(batch) != before and batch.untyped_storage() is views[0].untyped_storage():
-        raise ViewsChangedError(
-            "the backbone (or a loss) has changed the views of this step in place, which it did not when it was wrapped, in eval "
-            "mode. Take what is not in place, such as Dropout(inplace=False). Or go on: from the next step on it gets a copy"
-        )
-
-
-class ViewsChangedError(RuntimeError):
-    """The user's views were overwritten."""
 
 
 def registered(loss: Loss | Sequence[Loss], units: int) -> nn.Module | Loss:
@@ -134,7 +80,7 @@ class _Function(nn.Module):
 
 def warn_of_fp16(views: Sequence[object]) -> None:
     """To be called by what the user calls."""
-    device = next((view.device.type for view in views if isinstance(view, Tensor)), "cpu")
+    device = next((tensor.device.type for view in views for tensor in tensors(view)), "cpu")
     available = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     if available and torch.get_autocast_dtype(device) == torch.float16:
         warnings.warn(

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from locallearn._fitting.batches import rows, told
+from locallearn._fitting.features import Features
 from locallearn._fitting.quiet import undisturbed
-from locallearn._walk.cuts import check_order, hooked, one_tensor, submodules
+from locallearn._walk.cuts import check_order, checked, hooked, submodules
 from locallearn._walk.isolation import Isolation
 from locallearn._walk.segment import Segment, cut
+from locallearn._walk.trees import called, mapped
 from locallearn._walk.undo import attached
 
 
@@ -21,31 +24,33 @@ class Outlet(NamedTuple):
     """What a stage returned.
 
     Attributes:
-        features: the tensor, detached.
-        module: the stage itself if it is one module that takes one tensor, else ``None``.
+        features: the tensor that decoders read, detached.
+        module: the stage itself if it is one module that takes the outlet below and nothing else, else ``None``.
         weights: shapes of the stage's weights, of all the backbone's if none of them is trained.
+        whole: all that it returned, detached; ``None`` if that is ``features`` itself.
     """
 
     features: Tensor
     module: nn.Module | None
     weights: tuple[torch.Size, ...] = ()
+    whole: Any = None
 
 
-def probe(backbone: nn.Module, cuts: tuple[str, ...], batch: Tensor) -> list[Outlet]:
+def probe(backbone: nn.Module, cuts: tuple[str, ...], batch: Any, features: Features | None = None) -> list[Outlet]:
     """Runs ``backbone`` on ``batch`` and checks that the stages follow each other and share nothing.
 
     What ``backbone`` does to ``batch`` in place is done to it; all else is left as it was.
 
     Raises:
-        TypeError: if an outlet is not one tensor, or one of integers.
+        TypeError: if no tensor of real or complex numbers is found in an outlet for a decoder.
         ValueError: if a stage never ran, ran twice or out of order, if something crosses a cut, if an outlet's first axis is
             not the batch's, or if the forward fails.
     """
     modules = submodules(backbone, cuts)
     isolation = Isolation(backbone, cuts)
     ran: list[int] = []
-    ends: list[tuple[object, Tensor | None]] = []  # what each stage returned, and its inlet
-    inlet: Tensor | None = None
+    ends: list[tuple[object, list[Tensor]]] = []  # what each stage returned, and its inlets
+    inlets: list[Tensor] = []
     handed_on: object = batch
     alone: list[bool] = [False] * len(cuts)
 
@@ -53,32 +58,30 @@ def probe(backbone: nn.Module, cuts: tuple[str, ...], batch: Tensor) -> list[Out
         alone[modules.index(module)] = len(args) == 1 and not kwargs and args[0] is handed_on
 
     def on_outlet(stage: int, output: object) -> object:
-        nonlocal inlet, handed_on
+        nonlocal inlets, handed_on
         ran.append(stage)
-        ends.append((output, inlet))
-        if not isinstance(output, Tensor):
-            return output
-        inlet, handed_on = cut(output, differentiable=True)
-        if inlet is not None:
-            isolation.opens(len(ran), inlet)
+        ends.append((output, inlets))
+        inlets, handed_on = cut(output, differentiable=True)
+        isolation.opens(len(ran), inlets)
         return handed_on
 
     quiet, before = undisturbed(backbone), attached(dict.fromkeys(modules, on_inlet), {})
     after = hooked(modules, on_outlet)
     try:
         with quiet, quiet, before, before, after, after, torch.enable_grad():
-            backbone(batch)
+            called(backbone, batch)
     except Exception as error:
         raise ValueError(_failure(backbone, cuts, batch, error)) from error
     check_order(cuts, ran, backbone)
     outlets: list[Outlet] = []
     for stage, (output, begin) in enumerate(ends):
-        segment = Segment(one_tensor(stage, cuts[stage], output), begin)
-        isolation.claim_stage(stage, segment.weights)
-        _check_kind(stage, cuts[stage], segment.outlet)
-        check_rows(stage, cuts[stage], segment.outlet, len(batch), strict=True)
+        segment = Segment(checked(stage, cuts[stage], output), begin)
+        isolation.claim_stage(stage, segment.weights, segment.outlets)
+        read = _read(stage, cuts[stage], output, features or Features())
+        check_rows(stage, cuts[stage], read, rows(batch), strict=True)
         weights = tuple(weight.shape for weight in segment.weights or backbone.parameters())
-        outlets.append(Outlet(segment.outlet.detach(), modules[stage] if alone[stage] else None, weights))
+        whole = None if read is output else cut(output, differentiable=False)[1]
+        outlets.append(Outlet(read.detach(), modules[stage] if alone[stage] else None, weights, whole))
     return outlets
 
 
@@ -101,21 +104,21 @@ def check_graph(backbone: nn.Module) -> None:
         )
 
 
-def _failure(backbone: nn.Module, cuts: tuple[str, ...], batch: Tensor, error: Exception) -> str:
+def _failure(backbone: nn.Module, cuts: tuple[str, ...], batch: Any, error: Exception) -> str:
     """What to say of ``error``: whose fault it is shows in a forward without hooks."""
-    kind, given = type(backbone).__name__, f"a batch of shape {tuple(batch.shape)} and {batch.dtype}"
-    told = f"{type(error).__name__}: {error}" if str(error) else f"{type(error).__name__} {_where(error)}"
+    kind, given = type(backbone).__name__, told(batch)
+    what = f"{type(error).__name__}: {error}" if str(error) else f"{type(error).__name__} {_where(error)}"
     try:
         quiet = undisturbed(backbone)
         with quiet, quiet:
-            backbone(batch.clone())
+            called(backbone, mapped(torch.clone, batch))
     except Exception:  # noqa: BLE001 - the user's code may raise anything
         return (
-            f"{kind} does not run on {given} ({told}). If it takes another batch, give that: LocalWrapper(..., example=batch). "
+            f"{kind} does not run on {given} ({what}). If it takes another batch, give that: LocalWrapper(..., example=batch). "
             "If not, it fails without LocalWrapper too: model.eval()(batch)"
         )
     return (
-        f"{kind} does not run on {given} if stages end after {list(cuts)}, though it runs without ({told}). Over a cut passes "
+        f"{kind} does not run on {given} if stages end after {list(cuts)}, though it runs without ({what}). Over a cut passes "
         "a tensor that is equal to the outlet, but another object without its graph; end the stages where that will do"
     )
 
@@ -126,22 +129,27 @@ def _where(error: Exception) -> str:
     return f"in {frame.name}, line {frame.lineno} of {frame.filename}: {frame.line}"
 
 
-def _check_kind(stage: int, cut: str, outlet: Tensor) -> None:
-    if not (outlet.is_floating_point() or outlet.is_complex()):
+def _read(stage: int, cut: str, output: Any, features: Features) -> Tensor:
+    try:
+        read = features(output)
+    except Exception as error:
+        raise TypeError(f"stage {stage} ends after {cut!r}: {str(error) or type(error).__name__}") from error
+    if not (read.is_floating_point() or read.is_complex()):
         raise TypeError(
-            f"stage {stage} ends after {cut!r}, which returned {outlet.dtype}; no gradient passes such a tensor. End the stage "
-            "after a submodule that returns floating-point numbers"
+            f"stage {stage} ends after {cut!r}, which returned {read.dtype}; no gradient passes such a tensor. End the stage "
+            "after a submodule that returns floating-point numbers, or say which of several tensors is read (features=)"
         )
+    return read
 
 
-def check_rows(stage: int, cut: str, outlet: Tensor, rows: int, *, strict: bool = False) -> None:
+def check_rows(stage: int, cut: str, outlet: Tensor, rows: int | None, *, strict: bool = False) -> None:
     """Checks that the first axis of ``outlet`` is that of a batch of ``rows``, or a batch with an axis folded into it.
 
     Args:
         stage: for the message.
         cut: likewise.
         outlet: of the stage.
-        rows: of the batch.
+        rows: of the batch; ``None`` if its tensors do not agree, and only the number of axes is checked.
         strict: whether an outlet whose second axis is as long as the batch is taken for one with the batch second.
 
     Raises:
@@ -153,22 +161,16 @@ def check_rows(stage: int, cut: str, outlet: Tensor, rows: int, *, strict: bool 
             f"stage {stage} ends after {cut!r}, which returned shape {shape}; a decoder reads (batch, channels, ...). End the "
             "stage after a submodule that returns so much"
         )
-    if shape[0] == rows or (shape[0] % rows == 0 and shape[0] > 0 and not (strict and shape[1] == rows)):
+    if (
+        rows is None
+        or shape[0] == rows
+        or (shape[0] % rows == 0 and shape[0] > 0 and not (strict and shape[1] == rows))
+    ):
         return
     raise ValueError(
         f"stage {stage} ends after {cut!r}, which returned shape {shape} for a batch of {rows}; the first axis of an outlet is "
         "the batch, whose views a unit tells apart by it. End the stage after a submodule that returns the batch first"
     )
-
-
-def example_batch(backbone: nn.Module, example: Tensor | Sequence[Tensor] | None) -> Tensor:
-    """``example``, views concatenated; by default two 224-pixel RGB images in the backbone's dtype and device."""
-    if isinstance(example, Tensor):
-        return example
-    if example is not None:
-        return torch.cat(list(example))
-    weight = next((t for t in backbone.parameters() if t.is_floating_point()), torch.empty(0))
-    return torch.zeros(2, 3, 224, 224, dtype=weight.dtype, device=weight.device)
 
 
 def channel_axis(features: Tensor) -> int:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import groupby
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from locallearn._fitting.chain import Link, links
 from locallearn._walk.recompute import Run
@@ -18,7 +18,7 @@ Choice: TypeAlias = bool | type[nn.Module] | Callable[[nn.Module], bool]
 Policy: TypeAlias = Choice | tuple[Choice, ...]
 
 
-def runs(backbone: nn.Module, cuts: Sequence[str], policy: Policy, batch: Tensor) -> dict[Run, Learnt]:
+def runs(backbone: nn.Module, cuts: Sequence[str], policy: Policy, batch: Any) -> dict[Run, Learnt]:
     """What is recomputed together, each run inside of one stage, outer ones first; nothing is known of them yet.
 
     Args:

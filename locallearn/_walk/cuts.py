@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from locallearn._walk.hooks import has_backward_hooks
 from locallearn._walk.intercept import Interception, intercepted, is_compiled
 from locallearn._walk.named import submodule
+from locallearn._walk.trees import tensors
 from locallearn._walk.undo import Reverted, attached
 
 
@@ -138,21 +139,18 @@ def hooked(ends: Sequence[nn.Module], on_outlet: Callable[[int, Any], Any]) -> R
     return Reverted(on, off)
 
 
-def one_tensor(stage: int, cut: str, output: object) -> Tensor:
-    """``output`` if it is a tensor.
+def checked(stage: int, cut: str, output: Any) -> Any:
+    """``output`` if there is a tensor in it.
 
     Raises:
         TypeError: otherwise.
     """
-    if isinstance(output, Tensor):
+    if isinstance(output, Tensor) or tensors(output):
         return output
-    kind = type(output).__name__
-    size = f" of {len(output)}" if isinstance(output, tuple | list | dict) else ""
     raise TypeError(
-        f"stage {stage} ends after {cut!r}, which returned a {kind}{size}; one tensor passes a cut. End the stage after a "
-        "submodule that returns a tensor. If there is none, make one where the tensor is: `class Ended(type(block))` whose "
-        "forward passes it through `self.end`, then `block.__class__, block.end = Ended, nn.Identity()`, and end the stage after "
-        f"'{cut}.end'. docs/your-backbone.md has the lines, under 'Blocks that return more than a tensor'"
+        f"stage {stage} ends after {cut!r}, which returned a {type(output).__name__} without a tensor that is found in it. End "
+        "the stage after a submodule that returns a tensor, or a tuple, list, dict or dataclass of tensors; another class is "
+        "gone through if torch knows how: torch.utils._pytree.register_pytree_node"
     )
 
 
@@ -167,13 +165,26 @@ def check_order(cuts: Sequence[str], ran: Sequence[int], backbone: nn.Module) ->
     if never:
         raise ValueError(f"stages end after submodules that never ran in a forward: {never}{_why(backbone, never)}")
     if twice:
+        around = next(
+            (outer for outer in map(_around, [backbone] * len(twice), twice) if outer), "the module around it"
+        )
         raise ValueError(
-            f"stages end after submodules that ran more than once in a forward: {twice}. End them after submodules that run once"
+            f"stages end after submodules that ran more than once in a forward: {twice}. End them after submodules that run "
+            "once. Each run uses the same weights, so that all of them belong into one stage, which may end after "
+            f"{around}; or give each run a module of its own"
         )
     if list(ran) != sorted(ran):
         raise ValueError(
             f"stages are listed in the order in which they run: stages={[cuts[stage] for stage in ran]}; got {list(cuts)}"
         )
+
+
+def _around(backbone: nn.Module, name: str) -> str:
+    """The submodule around ``name`` that is called itself."""
+    while name := name.rpartition(".")[0]:
+        if not isinstance(backbone.get_submodule(name), nn.ModuleList | nn.ModuleDict):
+            return repr(name)
+    return ""
 
 
 def _why(backbone: nn.Module, never: Sequence[str]) -> str:

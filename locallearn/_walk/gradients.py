@@ -3,37 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
+from locallearn._walk.segment import Flow, flow
 from locallearn._walk.undo import Reverted
 from locallearn.distributed import Reduction, in_use
 
+Roots: TypeAlias = Tensor | Sequence[Tensor]
+
 
 class Accumulator(Protocol):
-    """Runs a backward from a scalar into ``weights``."""
+    """Runs a backward from ``roots``, a scalar or tensors at which the gradients are ``gradients``, into ``weights``."""
 
-    def push(self, root: Tensor, weights: Sequence[Tensor], inlet: Tensor | None) -> list[Tensor]:
-        """Adds the gradients of ``root`` to those of ``weights``, and returns the one at ``inlet`` in a list.
+    def push(
+        self, roots: Roots, weights: Sequence[Tensor], inlets: Sequence[Tensor], gradients: Flow | None = None
+    ) -> Flow:
+        """Adds to the gradients of ``weights``, and returns those at ``inlets`` in a list.
 
-        The list is its only holder, and is empty where there is no such gradient.
+        The list is their only holder, and is empty where there are no such gradients.
         """
 
 
 class Accumulate:
     """Adds to ``.grad``, with all hooks, exactly as ``loss.backward()`` would."""
 
-    def push(self, root: Tensor, weights: Sequence[Tensor], inlet: Tensor | None) -> list[Tensor]:
-        inputs = [*weights] if inlet is None else [*weights, inlet]
-        if inputs:
-            torch.autograd.backward(root, inputs=inputs)
-        if inlet is None or inlet.grad is None:
-            return []
-        gradient, inlet.grad = inlet.grad, None
-        return [gradient]
+    def push(
+        self, roots: Roots, weights: Sequence[Tensor], inlets: Sequence[Tensor], gradients: Flow | None = None
+    ) -> Flow:
+        if inputs := [*weights, *inlets]:
+            torch.autograd.backward(roots, gradients, inputs=inputs)
+        at_inlets = flow([inlet.grad for inlet in inlets])
+        for inlet in inlets:
+            inlet.grad = None
+        return at_inlets
 
 
 class Reduce(Accumulate):
@@ -43,10 +49,12 @@ class Reduce(Accumulate):
         self._reduction = reduction
 
     @override
-    def push(self, root: Tensor, weights: Sequence[Tensor], inlet: Tensor | None) -> list[Tensor]:
-        gradient = super().push(root, weights, inlet)
+    def push(
+        self, roots: Roots, weights: Sequence[Tensor], inlets: Sequence[Tensor], gradients: Flow | None = None
+    ) -> Flow:
+        at_inlets = super().push(roots, weights, inlets, gradients)
         self._reduction.final(weights)
-        return gradient
+        return at_inlets
 
 
 class Collect:
@@ -55,19 +63,20 @@ class Collect:
     def __init__(self) -> None:
         self._gradients: dict[Tensor, Tensor] = {}
 
-    def push(self, root: Tensor, weights: Sequence[Tensor], inlet: Tensor | None) -> list[Tensor]:
-        inputs = [*weights] if inlet is None else [*weights, inlet]
-        if not inputs:
+    def push(
+        self, roots: Roots, weights: Sequence[Tensor], inlets: Sequence[Tensor], gradients: Flow | None = None
+    ) -> Flow:
+        if not (inputs := [*weights, *inlets]):
             return []
         off = _hooks_off(weights)
         with off, off:
-            gradients = list(torch.autograd.grad(root, inputs, allow_unused=True))
-        at_inlet = gradients.pop() if inlet is not None else None
-        for weight, gradient in zip(weights, gradients, strict=True):
+            found = list(torch.autograd.grad(roots, inputs, gradients, allow_unused=True))
+        at_inlets = flow(found[len(weights) :])
+        for weight, gradient in zip(weights, found, strict=False):
             if gradient is not None:
                 known = self._gradients.get(weight)
                 self._gradients[weight] = gradient if known is None else known + gradient
-        return [] if at_inlet is None else [at_inlet]
+        return at_inlets
 
     def deliver(self, total: Tensor, scale: float | Tensor, weights: Iterable[Tensor]) -> Tensor:
         """``total`` as a tensor whose backward hands over the gradients, times the incoming gradient over ``scale``.

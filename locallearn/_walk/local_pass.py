@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
+from functools import cache
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
-from locallearn._walk.cuts import check_order, hooked, one_tensor
+from locallearn._walk.cuts import check_order, checked, hooked
 from locallearn._walk.draws import draws
 from locallearn._walk.gradients import Accumulator
 from locallearn._walk.hooks import has_backward_hooks
 from locallearn._walk.isolation import Isolation
 from locallearn._walk.recompute import Run, in_checkpoint, possible, recomputed
 from locallearn._walk.replay import Learnt
-from locallearn._walk.segment import Segment, cut, leaves, unchanged
+from locallearn._walk.segment import Flow, Segment, added, changes_outlet, cut, leaves, overlapping, version
+from locallearn._walk.trees import called
 from locallearn.plan import Unit
 from locallearn.schedules.actions import Execution, Train
 
@@ -45,7 +48,7 @@ class LocalPass:
         cuts: tuple[str, ...],
         ends: Sequence[nn.Module],
         execution: Execution,
-        evaluate: Callable[[int, Tensor], Tensor],
+        evaluate: Callable[[int, Any], Tensor],
         accumulator: Accumulator | None,
         scale: float | Tensor | None = None,
         runs: Mapping[Run, Learnt] = MappingProxyType({}),
@@ -61,12 +64,15 @@ class LocalPass:
         self._isolation = Isolation(backbone, cuts)
         self._ran: list[int] = []
         self._in_order = True
-        self._inlet: Tensor | None = None
+        self._inlets: list[Tensor] = []
+        self._overlapping: list[
+            tuple[Tensor, int]
+        ] = []  # tensors of the last outlet that share memory, and their versions
         self._segments: dict[int, Segment] = {}
-        self._pending: dict[int, list[Tensor]] = {}  # gradients at outlets for which weights still wait
+        self._pending: dict[int, Flow] = {}  # gradients at outlets for which weights still wait
         self._losses: dict[int, Tensor] = {}
 
-    def run(self, batch: Tensor) -> list[Tensor]:
+    def run(self, batch: Any) -> list[Tensor]:
         """Runs the backbone on ``batch`` and returns the units' losses, detached scalars."""
         cuts = hooked(self._ends, self._outlet)
         try:
@@ -79,7 +85,7 @@ class LocalPass:
                 parts = recomputed(self._backbone, self._runs, concerned)
                 with parts, parts:
                     self._draw("stage", 0)
-                    self._backbone(batch)
+                    called(self._backbone, batch)
         except CheckpointError as error:
             raise RuntimeError(
                 "what runs again in the backward did something else than in the forward: other operations, or on other shapes. "
@@ -95,7 +101,8 @@ class LocalPass:
                 "which overwrites what it has saved in its first backward. Set torch._functorch.config.donated_buffer = False "
                 "before anything is compiled"
             ) from error
-        check_order(self._cuts, self._ran, self._backbone)
+        if not self._in_order or len(self._ran) != len(self._cuts):
+            check_order(self._cuts, self._ran, self._backbone)
         return [self._losses[k] for k in range(len(self._units))]
 
     def _outlet(self, stage: int, output: object) -> object:
@@ -104,7 +111,9 @@ class LocalPass:
         self._ran.append(stage)
         if not self._in_order:
             return output  # the forward runs to its end, so that check_order can tell the whole story
-        outlet = one_tensor(stage, self._cuts[stage], output)
+        outlet = checked(stage, self._cuts[stage], output)
+        if self._overlapping:
+            self._check_overlapping(stage)
         if self._accumulator is not None and in_checkpoint(LocalPass.run.__code__):
             raise RuntimeError(
                 f"stage {stage} ends after {self._cuts[stage]!r}, inside of a function that the backbone checkpoints itself: it "
@@ -112,25 +121,44 @@ class LocalPass:
                 f"{list(self._cuts)}"
             )
         if stage in self._last_uses:
-            self._segments[stage] = Segment(outlet, self._inlet)
-            self._isolation.claim_stage(stage, self._segments[stage].weights)
+            self._segments[stage] = Segment(outlet, self._inlets)
+            self._isolation.claim_stage(stage, self._segments[stage].weights, self._segments[stage].outlets)
         self._actions.popleft()
-        trains = self._accumulator is not None  # whatever the backbone has set around the end of the stage
-        outside = torch.inference_mode(False) if trains and torch.is_inference_mode_enabled() else nullcontext()
-        with outside, torch.set_grad_enabled(trains):
-            while self._actions and isinstance(action := self._actions[0], Train):
-                self._actions.popleft()
-                self._train(action.unit)
-            crossed = any(self._walks_below(unit, stage + 1) for unit in self._spanning[stage])
-            # hooks on the backward of a stage's first module see a gradient of its input, whether it is walked on or not
-            asked = crossed or (self._watched and stage + 1 in self._last_uses)
-            self._inlet, handed_on = cut(outlet, differentiable=asked)
-        if self._inlet is not None:
-            self._isolation.opens(stage + 1, self._inlet)
+        trains = self._accumulator is not None
+        if torch.is_grad_enabled() == trains and not torch.is_inference_mode_enabled():
+            handed_on = self._due(stage, outlet)
+        else:  # whatever the backbone has set around the end of the stage
+            outside = torch.inference_mode(False) if trains and torch.is_inference_mode_enabled() else nullcontext()
+            with outside, torch.set_grad_enabled(trains):
+                handed_on = self._due(stage, outlet)
+        if self._inlets:
+            self._isolation.opens(stage + 1, self._inlets)
         if stage == self._highest:
             torch.set_grad_enabled(False)
+        elif not isinstance(outlet, Tensor):
+            self._overlapping = overlapping(outlet)
         self._draw("stage", stage + 1)
-        return outlet if outlet.is_inference() else handed_on
+        return handed_on
+
+    def _due(self, stage: int, outlet: Any) -> Any:
+        """Trains the units that are due when ``stage`` has ended, and cuts its outlet; returns what to go on with."""
+        while self._actions and isinstance(action := self._actions[0], Train):
+            self._actions.popleft()
+            self._train(action.unit)
+        crossed = any(self._walks_below(unit, stage + 1) for unit in self._spanning[stage])
+        # hooks on the backward of a stage's first module see a gradient of its input, whether it is walked on or not
+        asked = crossed or (self._watched and stage + 1 in self._last_uses)
+        self._inlets, handed_on = cut(outlet, differentiable=asked)
+        return handed_on
+
+    def _check_overlapping(self, stage: int) -> None:
+        if any(version(tensor) != known for tensor, known in self._overlapping):
+            raise RuntimeError(
+                f"stage {stage} ({self._cuts[stage]!r}) changes in place what stage {stage - 1} ({self._cuts[stage - 1]!r}) "
+                "returned, tensors that share memory: past the cut, the graph of one cannot follow a change of the other. Return "
+                "copies (`.clone()`), or take operations that are not in place"
+            )
+        self._overlapping = []
 
     def _walks_below(self, unit: Unit, stage: int) -> bool:
         """Whether there is something to train for ``unit`` below ``stage``."""
@@ -151,24 +179,34 @@ class LocalPass:
                 "the next stage begins with an in-place operation. Build it with inplace=False, or train the unit as soon "
                 "as the stage has run (schedule=sequential)"
             )
-        with unchanged(segment.outlet, f"the decoder or the loss of unit {k}"):
-            leaf, features = cut(segment.outlet, differentiable=self._walks_below(unit, unit.last + 1))
-            self._draw("unit", k)
-            loss = self._evaluate(k, features)
+        asked = self._walks_below(unit, unit.last + 1)
+        inlets, outlet = cut(segment.outlet, differentiable=asked, onward=False)
+        self._draw("unit", k)
+        try:
+            loss = self._evaluate(k, outlet)
+        except RuntimeError as error:
+            if inlets and "a leaf Variable that requires grad" in str(error):
+                raise changes_outlet(f"the decoder or the loss of unit {k}") from error
+            raise
+        if segment.changed():
+            raise changes_outlet(f"the decoder or the loss of unit {k}")
         torch.clear_autocast_cache()  # which would keep the casts of weights whose graphs are freed below
         self._losses[k] = loss.detach()
-        with _autocast_off(loss.device.type):
-            self._walk(k, self._through_decoder(loss, leaf))
+        if _autocasts(loss.device.type):
+            with torch.autocast(loss.device.type, enabled=False):
+                self._walk(k, self._through_decoder(loss, inlets))
+        else:
+            self._walk(k, self._through_decoder(loss, inlets))
 
-    def _through_decoder(self, loss: Tensor, leaf: Tensor | None) -> list[Tensor]:
-        """Trains the decoder, and the loss if it has weights; returns the gradient at the outlet below, alone in a list."""
+    def _through_decoder(self, loss: Tensor, inlets: list[Tensor]) -> Flow:
+        """Trains the decoder, and the loss if it has weights; returns the gradients at the outlet below."""
         if self._accumulator is None or not loss.requires_grad:
             return []
-        weights = [weight for weight in leaves(loss) if weight is not leaf]
+        weights = leaves(loss, beyond=inlets)
         self._isolation.claim_unit(weights)
-        return self._accumulator.push(loss if self._scale is None else loss * self._scale, weights, leaf)
+        return self._accumulator.push(loss if self._scale is None else loss * self._scale, weights, inlets)
 
-    def _walk(self, k: int, flow: list[Tensor]) -> None:
+    def _walk(self, k: int, flow: Flow) -> None:
         """Takes a unit's gradient from the outlet of its last stage down to its lowest one; ``flow`` is its only holder.
 
         Backpropagation is linear in the gradient: where several units reach a stage, each one's gradient passes through
@@ -177,13 +215,13 @@ class LocalPass:
         unit = self._units[k]
         for stage in range(unit.last, unit.lowest - 1, -1):
             segment, last = self._segments[stage], self._last_uses[stage] == k
-            below = bool(flow) and segment.inlet is not None and self._walks_below(unit, stage)
+            below = bool(flow and segment.inlets) and self._walks_below(unit, stage)
             pending = self._pending.pop(stage, [])
             if last and not pending and stage in unit.updates:
                 flow = self._push(segment, flow, below=below)
             else:
                 if flow and stage in unit.updates:
-                    pending = [pending[0] + flow[0]] if pending else [flow[0]]
+                    pending = added(pending, flow)
                 flow = segment.pull(flow, retain=bool(pending) or not last) if below else []
                 if last:
                     self._push(segment, pending, below=False)
@@ -192,14 +230,16 @@ class LocalPass:
             if last:
                 del self._segments[stage]
 
-    def _push(self, segment: Segment, box: list[Tensor], *, below: bool) -> list[Tensor]:
+    def _push(self, segment: Segment, box: Flow, *, below: bool) -> Flow:
         """The last backward through a segment, which lets go of its outlet: what is recomputed may not need it."""
         assert self._accumulator is not None or not box
         if self._accumulator is None or not box:
             return []
-        root = segment.seed(box)
-        del segment.outlet
-        flow = self._accumulator.push(root, segment.weights, segment.inlet if below or self._watched else None)
+        roots, gradients = segment.start(box)
+        segment.let_go()
+        flow = self._accumulator.push(
+            roots, segment.weights, segment.inlets if below or self._watched else (), gradients
+        )
         return flow if below else []
 
 
@@ -207,7 +247,10 @@ def _first_line(error: Exception) -> str:
     return f"torch says: {str(error).strip().splitlines()[0]}" if str(error).strip() else ""
 
 
-def _autocast_off(device: str) -> AbstractContextManager[object]:
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
-        return nullcontext()
-    return torch.autocast(device, enabled=False)
+@cache
+def _knows_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
+
+
+def _autocasts(device: str) -> bool:
+    return _knows_autocast(device) and torch.is_autocast_enabled(device)

@@ -9,14 +9,15 @@ from os import PathLike
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
+from locallearn._fitting.batches import View, concatenated, plain_views
 from locallearn._fitting.chain import Link
-from locallearn._fitting.objective import concatenated
+from locallearn._walk.trees import mapped, tensors
 from locallearn.memory.count import Flops, LiveBytes
 from locallearn.memory.fakes import analysed
-from locallearn.memory.pieces import train, weigh
+from locallearn.memory.pieces import weigh
 from locallearn.memory.predict import predict
 from locallearn.plan import Plan, Unit
 from locallearn.schedules import Train
@@ -98,7 +99,7 @@ class MemoryReport:
         figure.savefig(path, dpi=150)
 
 
-def memory_report(model: LocalWrapper, *views: Tensor, targets: Any = None) -> MemoryReport:
+def memory_report(model: LocalWrapper, *views: View, targets: Any = None) -> MemoryReport:
     """Predicts and counts the live bytes of ``model.local_step(*views)``, and counts those of end-to-end training.
 
     Runs on a copy without numbers, in seconds and without memory. Weights, their gradients and the views do not count.
@@ -118,15 +119,18 @@ def memory_report(model: LocalWrapper, *views: Tensor, targets: Any = None) -> M
         return _reported(model, views, targets, mode)
 
 
-def _reported(model: LocalWrapper, views: Sequence[Tensor], targets: Any, mode: FakeTensorMode) -> MemoryReport:
+def _reported(model: LocalWrapper, views: Sequence[View], targets: Any, mode: FakeTensorMode) -> MemoryReport:
     with FakeCopyMode(mode):
         copied, again, whole = (deepcopy(model) for _ in range(3))
-        pair, aims = deepcopy([view.detach() for view in views]), deepcopy(targets)
+        pair, aims = deepcopy([mapped(torch.detach, view) for view in plain_views(views)]), deepcopy(targets)
     _unite(whole)
     with mode:
         actions = model._execution.actions
         batch = concatenated(pair, copy=model._changes_views)
-        copied_views = 0 if batch.untyped_storage() is pair[0].untyped_storage() else batch.nbytes
+        copied_views = sum(
+            0 if joined.untyped_storage() is view.untyped_storage() else joined.nbytes
+            for joined, view in zip(tensors(batch), tensors(pair[0]), strict=True)
+        )
         ahead = predict(model.plan, actions, _weighed(again, batch), base=copied_views)
         del batch
         local, end_to_end = (_followed(one, pair, aims) for one in (copied, whole))
@@ -153,15 +157,13 @@ def _unite(model: LocalWrapper) -> None:
         model.loss = model.loss[-1]
 
 
-def _weighed(model: LocalWrapper, batch: Tensor) -> list[list[Any]]:
+def _weighed(model: LocalWrapper, batch: Any) -> list[list[Any]]:
     """Every stage as one piece, with what the units' decoders on it take."""
     ends = [Link(name, name, False, torch.Size()) for name in model.stages]
-    pieces = weigh(model.backbone, batch, ends, None, None, model._runs)
-    for k, unit in enumerate(model.plan.units):
-        features = torch.zeros(pieces[unit.last].shape, dtype=batch.dtype, device=batch.device)
-        takes, spent = train(model.decoders[k], features)
-        if takes > pieces[unit.last].train:
-            pieces[unit.last] = pieces[unit.last]._replace(train=takes, decoder_flops=spent)
+    attached: dict[int, list[nn.Module]] = {}
+    for unit, decoder in zip(model.plan.units, model.decoders, strict=True):
+        attached.setdefault(unit.last, []).append(decoder)
+    pieces = weigh(model.backbone, batch, ends, None, None, model._runs, model.features, attached)
     return [[piece] for piece in pieces]
 
 
@@ -178,7 +180,7 @@ class _Followed(LiveBytes):
         self.computed.append(self._flops.total)
 
 
-def _followed(model: LocalWrapper, views: list[Tensor], targets: Any) -> Timeline:
+def _followed(model: LocalWrapper, views: list[View], targets: Any) -> Timeline:
     flops, units = Flops(), dict[int, int]()
     live = _Followed(flops)
 

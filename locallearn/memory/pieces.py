@@ -6,21 +6,23 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from math import inf
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from locallearn._fitting.attach import attach
+from locallearn._fitting.attach import FromOutlet, attach
 from locallearn._fitting.chain import Link, links
+from locallearn._fitting.features import Features
 from locallearn._fitting.outlets import Outlet, agreed_axis
 from locallearn._fitting.recomputed import Policy, natural, runs
 from locallearn._walk.cuts import hooked
 from locallearn._walk.gradients import Accumulate
 from locallearn._walk.recompute import Run, recomputed
 from locallearn._walk.replay import Learnt
-from locallearn._walk.segment import Segment, cut
+from locallearn._walk.segment import Flow, Segment, cut
+from locallearn._walk.trees import called, mapped, tensors
 from locallearn.memory.count import Flops, LiveBytes
 from locallearn.plan import Plan, Unit
 from locallearn.sharing import Hard
@@ -57,7 +59,7 @@ class Piece(NamedTuple):
     weights: int
 
 
-def places(model: nn.Module, batch: Tensor, checkpoint: Policy) -> list[Link]:
+def places(model: nn.Module, batch: Any, checkpoint: Policy) -> list[Link]:
     """Where a stage of ``model`` may end: after a block or a run of simple layers, up to the last map of features.
 
     What follows that map (pooling, a classifier) is left out, as is a place inside of what ``checkpoint`` recomputes.
@@ -75,7 +77,7 @@ def places(model: nn.Module, batch: Tensor, checkpoint: Policy) -> list[Link]:
     return [*(link for link in body if link.block not in inside), maps[-1]]  # a run may go on with the pooling
 
 
-def _check_head(model: nn.Module, last: Link, chain: Sequence[Link], batch: Tensor) -> None:
+def _check_head(model: nn.Module, last: Link, chain: Sequence[Link], batch: Any) -> None:
     """Checks that what follows the last map is a head: pooling and what comes after it, or vectors.
 
     A layer with weights that makes the map a single position, in place of a pooling, is a part of the backbone, as is what
@@ -88,9 +90,10 @@ def _check_head(model: nn.Module, last: Link, chain: Sequence[Link], batch: Tens
         if _trained(model, link):
             lost.append(link)
     if lost:
+        inputs = ", ".join(str(tuple(tensor.shape[1:])) for tensor in tensors(batch))
         raise ValueError(
             f"stages are looked for up to the last map of features, which is that of {last.end!r} for inputs of shape "
-            f"{tuple(batch.shape[1:])}: {tuple(last.shape[1:])}. What follows would not be trained: "
+            f"{inputs}: {tuple(last.shape[1:])}. What follows would not be trained: "
             f"{[link.end for link in lost]}, {sum(_trained(model, link) for link in lost):,} weights. Give larger inputs "
             f"(example=), or name the stages yourself: stages=[..., {lost[-1].end!r}]"
         )
@@ -107,34 +110,42 @@ def _positions(shape: torch.Size) -> int:
 
 def weigh(
     model: nn.Module,
-    batch: Tensor,
+    batch: Any,
     ends: Sequence[Link],
     decoder: Callable[[int], nn.Module] | None,
     axis: int | None,
     recompute: Mapping[Run, Learnt] = MappingProxyType({}),
+    features: Features | None = None,
+    attached: Mapping[int, Sequence[nn.Module]] = MappingProxyType({}),
 ) -> list[Piece]:
     """Cuts ``model``, a fake copy, at all of ``ends`` and runs every piece forward and backward by itself.
 
-    Without a decoder, ``train`` and ``decoder_flops`` are 0.
+    Of several decoders on a piece, those of ``attached`` to it, the one that takes most counts. Without any, ``train`` and
+    ``decoder_flops`` are 0.
     """
     pieces: list[Piece] = []
     live, flops = LiveBytes(), Flops()
     for weight in model.parameters():
         weight.grad = torch.zeros_like(weight) if weight.requires_grad else None
-    inlet: Tensor | None = None
+    read = features or Features()
+    inlets: list[Tensor] = []
     before, counted = 0, 0  # bytes, FLOPs
 
-    def weighed(stage: int, output: Tensor) -> Tensor:
-        nonlocal inlet, before, counted
+    def weighed(stage: int, output: Any) -> Any:
+        nonlocal inlets, before, counted
         start = min(live.history[before:])  # once the frames of the piece below have let go of its inlet
         forward, kept, spent = max(live.history[before:]) - start, live.history[-1] - start, flops.total - counted
-        size = output.untyped_storage().nbytes()
-        pull, push, weights = _backward(live, output, inlet)
-        at = agreed_axis(output, [weight.shape for weight in model.parameters()]) if axis is None else axis
-        takes, decoding = (0.0, 0) if decoder is None else _train(output.detach(), decoder, at)
+        size = sum(storage.nbytes() for storage in _storages(output))
+        pull, push, weights = _backward(live, output, inlets)
+        shown = read(output).detach()
+        at = agreed_axis(shown, [weight.shape for weight in model.parameters()]) if axis is None else axis
+        takes, decoding = (0.0, 0) if decoder is None else _train(shown, decoder, at)
+        for module in attached.get(stage, ()):
+            given = cut(output, differentiable=False)[1] if isinstance(module, FromOutlet) else shown
+            takes, decoding = max((takes, decoding), train(module, given))
         sizes = (size, kept, forward, max(pull - start, kept), push - start, takes)
-        pieces.append(Piece(ends[stage].end, output.shape, spent, *sizes, decoding, weights))
-        inlet, handed_on = cut(output, differentiable=True)
+        pieces.append(Piece(ends[stage].end, shown.shape, spent, *sizes, decoding, weights))
+        inlets, handed_on = cut(output, differentiable=True)
         before, counted = len(live.history) - 1, flops.total
         return handed_on
 
@@ -143,7 +154,7 @@ def weigh(
         stack.enter_context(recomputed(model, recompute, concerned))
         stack.enter_context(flops)
         stack.enter_context(live)
-        model(batch)
+        called(model, batch)
     return pieces
 
 
@@ -153,14 +164,26 @@ def _peak(live: LiveBytes, what: Callable[[], object]) -> int:
     return max(live.history[start:])
 
 
-def _backward(live: LiveBytes, outlet: Tensor, inlet: Tensor | None) -> tuple[int, int, int]:
-    """The peaks of a backward to the inlet and of the last one, and how many numbers are trained."""
-    segment, pull = Segment(outlet, inlet), 0
-    if inlet is not None:
-        pull = _peak(live, lambda: segment.pull([torch.ones_like(outlet)], retain=True))
+def _storages(outlet: Any) -> list[torch.UntypedStorage]:
+    """The memory behind the tensors in ``outlet``, each once."""
+    storages = [tensor.untyped_storage() for tensor in tensors(outlet)]
+    return list({storage._cdata: storage for storage in storages}.values())
+
+
+def _backward(live: LiveBytes, outlet: Any, inlets: Sequence[Tensor]) -> tuple[int, int, int]:
+    """The peaks of a backward to the inlets and of the last one, and how many numbers are trained."""
+    segment, pull = Segment(outlet, inlets), 0
+
+    def ones() -> Flow:
+        return [torch.ones_like(tensor) for tensor in segment.outlets]
+
+    if inlets:
+        pull = _peak(live, lambda: segment.pull(ones(), retain=True))
 
     def last() -> None:
-        Accumulate().push(segment.seed([torch.ones_like(outlet)]), segment.weights, inlet)
+        if segment.outlets:
+            roots, gradients = segment.start(ones())
+            Accumulate().push(roots, segment.weights, inlets, gradients)
 
     return pull, _peak(live, last), sum(weight.numel() for weight in segment.weights)
 
@@ -186,18 +209,18 @@ def _train(features: Tensor, decoder: Callable[[int], nn.Module], axis: int) -> 
     return train(module, features)
 
 
-def train(decoder: nn.Module, features: Tensor) -> tuple[int, int]:
-    """The most bytes that a decoder on ``features`` takes beside them, and the FLOPs of its forward."""
+def train(decoder: nn.Module, features: Any) -> tuple[int, int]:
+    """The most bytes that a decoder on ``features``, detached, takes beside them, and the FLOPs of its forward."""
     spent = 0
     for weight in decoder.parameters():
         weight.grad = torch.zeros_like(weight)
-    leaf, read = cut(features.requires_grad_(), differentiable=True)
-    assert leaf is not None
+    begun = mapped(lambda tensor: tensor.requires_grad_(tensor.is_floating_point() or tensor.is_complex()), features)
+    inlets, read = cut(begun, differentiable=True)
     with Flops() as flops, LiveBytes() as live:
         outputs = tree_leaves(decoder(read))
         del read
         spent = flops.total
         root = torch.stack([output.square().sum() for output in outputs if isinstance(output, Tensor)]).sum()
         del outputs
-        Accumulate().push(root, list(decoder.parameters()), leaf)
+        Accumulate().push(root, list(decoder.parameters()), inlets)
     return max(live.history), spent

@@ -6,13 +6,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from math import inf
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from locallearn._fitting.outlets import check_graph, example_batch
+from locallearn._fitting.batches import View, example_batch, rows
+from locallearn._fitting.outlets import check_graph
 from locallearn._fitting.recomputed import Policy, runs
+from locallearn._walk.trees import mapped
 from locallearn.decoders import ConvMLPDecoder
 from locallearn.memory.balance import balanced, stage_flops
 from locallearn.memory.fakes import analysed, fake_copy
@@ -78,7 +81,7 @@ class StagePlan:
 
 def plan_stages(
     model: nn.Module,
-    example: Tensor | Sequence[Tensor] | None = None,
+    example: View | Sequence[View] | None = None,
     n: int | None = None,
     overlap: int = 1,
     budget: float | None = None,
@@ -95,8 +98,8 @@ def plan_stages(
 
     Args:
         model: the backbone; it is left as it is.
-        example: a batch as large as those that will be trained on, all views in one, or a sequence of views. By default 64
-            RGB images of 224 pixels, such as two views of 32.
+        example: a batch as large as those that will be trained on, all views in one, or a list of views; as in
+            ``LocalWrapper``. By default 64 RGB images of 224 pixels, such as two views of 32.
         n: how many stages; 4 by default, or ``overlap + 1`` a rank.
         overlap: how many of them neighbouring units share.
         budget: ``None`` looks for the lowest peak, and for even computation among those cuts that share it. A number of
@@ -149,15 +152,32 @@ def _stages(n: int | None, overlap: int, budget: float | None, ranks: int | None
     return n
 
 
-def sixty_four(model: nn.Module, example: Tensor | Sequence[Tensor] | None) -> Tensor:
+def sixty_four(model: nn.Module, example: View | Sequence[View] | None) -> Any:
     """The first of ``example``'s inputs, as a batch of 64, which takes no more memory."""
     batch = example_batch(model, example)
-    return batch[:1].expand(64, *batch.shape[1:])
+    length = rows(batch)
+
+    def many(tensor: Tensor) -> Tensor:
+        return tensor[:1].expand(64, *tensor.shape[1:]) if tensor.ndim and len(tensor) == length else tensor
+
+    return mapped(many, batch)
+
+
+def automatic(
+    model: nn.Module, plan: Plan, decoder: Any, checkpoint: Policy, example: Any, axis: int | None
+) -> tuple[str, ...]:
+    """The cuts that ``LocalWrapper(stages="auto")`` takes."""
+    if not callable(decoder) or isinstance(decoder, nn.Module):
+        raise TypeError(f"stages='auto' needs a decoder= that makes a module from a width; got {decoder!r}")
+    overlap = max(unit.last - unit.first for unit in plan.units)
+    batch = sixty_four(model, example)
+    chosen = plan_stages(model, batch, plan.stages, overlap, decoder=decoder, checkpoint=checkpoint, channel_axis=axis)
+    return chosen.stages
 
 
 def _weighed(
     model: nn.Module,
-    batch: Tensor,
+    batch: Any,
     decoder: Callable[[int], nn.Module],
     axis: int | None,
     checkpoint: Policy,
@@ -167,7 +187,7 @@ def _weighed(
     copied = fake_copy(model, fake)
     policy = checkpoint or True
     with fake:
-        images = torch.zeros(batch.shape, dtype=batch.dtype, device=batch.device)
+        images = mapped(lambda t: torch.zeros(t.shape, dtype=t.dtype, device=t.device), batch)
         ends = places(copied, images, policy)
         if not any(module.training for module in copied.modules()):
             copied.train()

@@ -12,8 +12,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from locallearn._fitting.outlets import example_batch
+from locallearn._fitting.batches import View, example_batch
 from locallearn._fitting.quiet import undisturbed
+from locallearn._walk.trees import mapped, tensors
 from locallearn.distributed import in_use
 from locallearn.losses import InfoNCE
 from locallearn.pipeline.owners import Reading, reading
@@ -55,7 +56,7 @@ def fit(
     ranks: Sequence[int],
     mode: str,
     group: dist.ProcessGroup | None,
-    example: Tensor | Sequence[Tensor] | None,
+    example: View | Sequence[View] | None,
 ) -> Fitted:
     """Checks, divides up and tries; ``model`` keeps only this rank's part.
 
@@ -202,13 +203,12 @@ def _owners(model: LocalWrapper, known: Reading, every: Sequence[Share]) -> dict
     return owners
 
 
-def _device(known: Reading, share: Share, batch: Tensor) -> torch.device:
-    device: torch.device = known.outlets[share.lowest - 1].device if share.lowest else batch.device
-    return device
+def _device(known: Reading, share: Share, batch: Any) -> torch.device:
+    return tensors(known.outlets[share.lowest - 1] if share.lowest else batch)[0].device
 
 
 def _tried(
-    model: LocalWrapper, share: Share, known: Reading, batch: Tensor, owners: dict[Tensor, tuple[int, ...]]
+    model: LocalWrapper, share: Share, known: Reading, batch: Any, owners: dict[Tensor, tuple[int, ...]]
 ) -> Chain | OwnForward:
     """This rank's part, which puts out the same as the whole backbone did; the others' numbers are dropped."""
     inlet = known.outlets[share.lowest - 1] if share.lowest else batch
@@ -221,10 +221,10 @@ def _tried(
         return part
     own = OwnForward(model.backbone, model.stages, share, _device(known, share, batch), to_the_end=to_the_end)
     outcomes = []
-    for inputs in (batch.to("meta"), batch) if share.lowest else (batch,):
+    for inputs in (mapped(lambda t: t.to("meta"), batch), batch) if share.lowest else (batch,):
         outcome = _outcome(own, model, inlet, inputs, share.highest)
-        if isinstance(outcome, Tensor) and torch.equal(outcome, expected):
-            own.needs_inputs = share.lowest > 0 and not inputs.is_meta
+        if not isinstance(outcome, Exception) and _equal(outcome, expected):
+            own.needs_inputs = share.lowest > 0 and inputs is batch
             return own
         outcomes.append(outcome)
     raise ValueError(
@@ -233,7 +233,7 @@ def _tried(
     )
 
 
-def _outcome(part: OwnForward, model: LocalWrapper, inlet: Tensor, inputs: Tensor, highest: int) -> Any:
+def _outcome(part: OwnForward, model: LocalWrapper, inlet: Any, inputs: Any, highest: int) -> Any:
     results: list[Any] = []
 
     def on_outlet(stage: int, output: Any) -> Any:
@@ -244,10 +244,19 @@ def _outcome(part: OwnForward, model: LocalWrapper, inlet: Tensor, inputs: Tenso
     quiet = undisturbed(model.backbone)
     try:
         with quiet, quiet, torch.no_grad():
-            part.run(inputs.detach().clone(), lambda: inlet.detach().clone(), on_outlet)
+            part.run(_copied(inputs), lambda: _copied(inlet), on_outlet)
     except Exception as error:  # noqa: BLE001 - the user's code may raise anything
         return error
     return results[0]
+
+
+def _copied(tree: Any) -> Any:
+    return mapped(lambda tensor: tensor.detach().clone(), tree)
+
+
+def _equal(one: Any, other: Any) -> bool:
+    pairs = list(zip(tensors(one), tensors(other), strict=True))
+    return all(a.device == b.device and torch.equal(a, b) for a, b in pairs)
 
 
 def _is_buffer(tensor: Tensor) -> bool:
@@ -258,7 +267,7 @@ def _is_buffer(tensor: Tensor) -> bool:
 def _told(outcome: Any) -> str:
     if isinstance(outcome, Exception):
         return f"{type(outcome).__name__}: {outcome}"
-    if isinstance(outcome, Tensor) and outcome.is_meta:
+    if any(tensor.is_meta for tensor in tensors(outcome)):
         return "something else from below is needed"
     return "another outlet comes out than in the whole forward"
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from torch import Tensor, nn
+from torch import nn
 
 from locallearn._walk.gradients import Accumulator
-from locallearn._walk.segment import Segment
+from locallearn._walk.segment import Flow, Segment, added
 from locallearn._walk.undo import Reverted
 
 
@@ -16,17 +16,18 @@ class Late:
 
     Args:
         segment: of the stage; its graph ends at copies of the weights.
-        pending: the gradient at its outlet so far, alone in a list, or nothing.
+        pending: the gradients at its outlet so far.
         copies: for each weight, the copy that its stage was run with.
     """
 
-    def __init__(self, segment: Segment, pending: list[Tensor], copies: dict[nn.Parameter, nn.Parameter]) -> None:
+    def __init__(self, segment: Segment, pending: Flow, copies: dict[nn.Parameter, nn.Parameter]) -> None:
         self._segment, self._pending, self._copies = segment, pending, copies
 
-    def finish(self, gradient: Tensor, accumulator: Accumulator) -> None:
+    def finish(self, gradients: Flow, accumulator: Accumulator) -> None:
         """Adds the gradients of the copies to those of the weights."""
-        box = [self._pending[0] + gradient] if self._pending else [gradient]
-        accumulator.push(self._segment.seed(box), self._segment.weights, None)
+        if box := added(self._pending, gradients):
+            roots, at_roots = self._segment.start(box)
+            accumulator.push(roots, self._segment.weights, (), at_roots)
         for weight, copy in self._copies.items():
             if copy.grad is not None:
                 weight.grad = copy.grad if weight.grad is None else weight.grad + copy.grad

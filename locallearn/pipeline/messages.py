@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+
+from locallearn._walk.trees import mapped
 
 _ALIGNED = 64  # bytes, for any dtype
 _HEADER = 8  # whole numbers of 64 bits
@@ -45,17 +46,11 @@ class Header(NamedTuple):
 
 @dataclass(frozen=True)
 class _Slot:
-    """Stands for a tensor in a tree."""
+    """Stands for a tensor in a tree: which one it is; or of which shape and dtype, on the meta device, with nothing to send."""
 
     index: int
-
-
-@dataclass(frozen=True)
-class _Shape:
-    """Stands for a tensor on the meta device, which has nothing to send."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
+    shape: tuple[int, ...] = ()
+    dtype: torch.dtype | None = None
 
 
 class _Place(NamedTuple):
@@ -66,6 +61,7 @@ class _Place(NamedTuple):
     dtype: torch.dtype
     shape: tuple[int, ...]
     stride: tuple[int, ...]
+    differentiable: bool
 
 
 @dataclass(frozen=True)
@@ -86,22 +82,21 @@ class Form:
     def of(tree: Any) -> Form:
         """The form of messages that hold ``tree``."""
         places: list[_Place] = []
-        at = _HEADER * 8
+        known: dict[Tensor, _Slot] = {}
 
-        def slot(leaf: Any) -> Any:
-            nonlocal at
-            if not isinstance(leaf, Tensor):
-                return leaf
-            if leaf.is_meta:
-                return _Shape(tuple(leaf.shape), leaf.dtype)
-            begin = -(-at // _ALIGNED) * _ALIGNED
-            at = begin + leaf.numel() * leaf.element_size()
-            stride = leaf.stride() if _dense(leaf) else torch.empty(leaf.shape, device="meta").stride()
-            places.append(_Place(begin, at - begin, leaf.dtype, tuple(leaf.shape), tuple(stride)))
-            return _Slot(len(places) - 1)
+        def slot(tensor: Tensor) -> _Slot:
+            if tensor.is_meta:
+                return _Slot(-1, tuple(tensor.shape), tensor.dtype)
+            if tensor not in known:
+                known[tensor] = _Slot(len(places))
+                at = places[-1].begin + places[-1].nbytes if places else _HEADER * 8
+                begin = -(-at // _ALIGNED) * _ALIGNED
+                size, shape = tensor.numel() * tensor.element_size(), tuple(tensor.shape)
+                stride = tensor.stride() if _dense(tensor) else torch.empty(shape, device="meta").stride()
+                places.append(_Place(begin, size, tensor.dtype, shape, tuple(stride), tensor.requires_grad))
+            return known[tensor]
 
-        skeleton = tree_map(slot, tree)
-        return Form(skeleton, tuple(places))
+        return Form(mapped(slot, tree), tuple(places))
 
     @property
     def nbytes(self) -> int:
@@ -128,15 +123,15 @@ class Form:
         return Header(*numbers[: len(Header._fields)])
 
     def unpack(self, buffer: Tensor) -> Any:
-        """The tree; its tensors are views of ``buffer``."""
-        regions = [_region(buffer, place) for place in self.places]
+        """The tree; its tensors are views of ``buffer``, and leaves that ask for a gradient where they had a graph."""
+        regions = [_region(buffer, place).requires_grad_(place.differentiable) for place in self.places]
 
-        def tensor(leaf: Any) -> Any:
-            if isinstance(leaf, _Shape):
-                return torch.empty(leaf.shape, dtype=leaf.dtype, device="meta")
-            return regions[leaf.index] if isinstance(leaf, _Slot) else leaf
+        def tensor(slot: _Slot) -> Tensor:
+            if slot.index < 0:
+                return torch.empty(slot.shape, dtype=slot.dtype, device="meta")
+            return regions[slot.index]
 
-        return tree_map(tensor, self.tree)
+        return mapped(tensor, self.tree, _Slot)
 
 
 def _region(buffer: Tensor, place: _Place) -> Tensor:

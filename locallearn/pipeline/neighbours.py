@@ -6,8 +6,10 @@ from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
-from torch import Tensor
 
+from locallearn._fitting.batches import rows
+from locallearn._walk.segment import Flow
+from locallearn._walk.trees import mapped
 from locallearn.pipeline.fit import Fitted
 from locallearn.pipeline.messages import Header, Kind
 from locallearn.pipeline.share import Share
@@ -20,14 +22,14 @@ class Batch(NamedTuple):
     Attributes:
         inputs: the backbone's batch; on the meta device where this rank does not need its numbers.
         views: how many.
-        rows: of the batch, all views together.
+        rows: of the batch, all views together; ``None`` where its tensors have no common first axis.
         targets: of the loss.
         seed: of the random numbers, or ``None``.
     """
 
     inputs: Any
     views: int
-    rows: int
+    rows: int | None
     targets: Any
     seed: int | None
 
@@ -78,11 +80,11 @@ class Messenger:
         """A new step."""
         self._step = step
 
-    def open(self, batch: Tensor, views: int, targets: Any, seed: int | None) -> None:
+    def open(self, batch: Any, views: int, targets: Any, seed: int | None) -> None:
         """On rank 0: what the step is about."""
-        self.batch = Batch(batch, views, len(batch), targets, seed)
+        self.batch = Batch(batch, views, rows(batch), targets, seed)
 
-    def receive_outlet(self) -> Tensor:
+    def receive_outlet(self) -> Any:
         """What the lowest stage reads; makes room for the next one."""
         assert self._from_below is not None
         share = self._fitted.share
@@ -91,17 +93,16 @@ class Messenger:
         self.batch = Batch(
             told["inputs"], told["views"], told["rows"], told["targets"], header.seed if header.seeded else None
         )
-        outlet: Tensor = told["outlet"]
-        return outlet
+        return told["outlet"]
 
-    def send_outlet(self, outlet: Tensor) -> None:
+    def send_outlet(self, outlet: Any) -> None:
         """Up, with what the ranks above need to know of the step."""
         if self._up is None:
             return
         batch = self.batch
         told = {
             "outlet": outlet,
-            "inputs": batch.inputs if self._fitted.inputs_above else batch.inputs.to("meta"),
+            "inputs": batch.inputs if self._fitted.inputs_above else mapped(lambda t: t.to("meta"), batch.inputs),
             "views": batch.views,
             "rows": batch.rows,
             "targets": batch.targets,
@@ -112,21 +113,21 @@ class Messenger:
             assert self._from_above is not None
             self._from_above.post(self._step)
 
-    def send_gradient(self, unit: int, gradient: Tensor) -> None:
-        """Down, one hop."""
+    def send_gradient(self, unit: int, gradients: Flow) -> None:
+        """Down, one hop: of each tensor in the outlet below that has a graph."""
         assert self._down is not None
-        self._down.send(gradient, Header(Kind.TENSORS, self._step, unit))
+        self._down.send(gradients, Header(Kind.TENSORS, self._step, unit))
 
-    def receive_gradient(self, unit: int, *, later: int = 0) -> Tensor:
+    def receive_gradient(self, unit: int, *, later: int = 0) -> Flow:
         """From above, at the outlet of the highest stage; of a step that is ``later`` ones ago."""
         assert self._from_above is not None
         share, step = self._fitted.share, self._step - later
         what = f"the gradient of unit {unit} at the outlet of stage {share.highest}"
-        header, gradient = self._from_above.receive(what, step)
+        header, gradients = self._from_above.receive(what, step)
         assert header.unit == unit, f"unit {header.unit}'s gradient instead of {what}"
         if later or unit != share.from_above[-1]:
             self._from_above.post(step)
-        received: Tensor = gradient
+        received: Flow = gradients
         return received
 
     def drain(self, step: int) -> None:

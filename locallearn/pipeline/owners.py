@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from locallearn._fitting.quiet import undisturbed
 from locallearn._walk.cuts import hooked, submodules
 from locallearn._walk.sameness import has_values
+from locallearn._walk.trees import called, mapped
 
 
 class Reading(NamedTuple):
@@ -27,7 +28,7 @@ class Reading(NamedTuple):
     outlets: list[Any]
 
 
-def reading(backbone: nn.Module, cuts: Sequence[str], batch: Tensor) -> Reading:
+def reading(backbone: nn.Module, cuts: Sequence[str], batch: Any) -> Reading:
     """Runs ``backbone`` once, in eval mode and without a trace.
 
     What no operation reads belongs where most of its module does: counters of batch normalisation, a classifier that the
@@ -39,12 +40,12 @@ def reading(backbone: nn.Module, cuts: Sequence[str], batch: Tensor) -> Reading:
 
     def on_outlet(stage: int, output: Any) -> Any:
         watch.stage = stage + 1
-        outlets.append(output.detach().clone())
+        outlets.append(mapped(lambda tensor: tensor.detach().clone(), output))
         return output
 
     quiet, hooks = undisturbed(backbone), hooked(submodules(backbone, cuts), on_outlet)
     with quiet, quiet, hooks, hooks, torch.no_grad(), watch:
-        backbone(batch.detach().clone())
+        called(backbone, mapped(lambda tensor: tensor.detach().clone(), batch))
     found = {tensor: tuple(sorted(watch.read[tensor])) for tensor in tensors if tensor in watch.read}
     for module in backbone.modules():
         of_module = [found[tensor] for tensor in _own(module) if tensor in found]

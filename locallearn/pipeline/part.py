@@ -12,9 +12,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from locallearn._walk.cuts import check_order, hooked, submodules
 from locallearn._walk.hooks import has_hooks
+from locallearn._walk.trees import called
 from locallearn.pipeline.share import Share
 
-OnInlet: TypeAlias = Callable[[], Tensor]  # what the lowest stage reads, as soon as it does
+OnInlet: TypeAlias = Callable[[], Any]  # what the lowest stage reads, as soon as it does
 OnOutlet: TypeAlias = Callable[[int, Any], Any]  # (stage, outlet) -> what goes on to the next stage
 
 
@@ -134,7 +135,7 @@ class OwnForward:
             if inside:
                 below.__enter__()
             try:
-                self._backbone(inputs if inside else on_inlet())
+                called(self._backbone, inputs if inside else on_inlet())
             except _LeftError:
                 return
             finally:

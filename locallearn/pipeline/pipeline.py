@@ -11,7 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from locallearn._fitting.objective import concatenated, unit_loss
+from locallearn._fitting.attach import FromOutlet
+from locallearn._fitting.batches import View, concatenated
+from locallearn._fitting.objective import unit_loss
 from locallearn._fitting.outlets import check_rows
 from locallearn._walk.draws import draws
 from locallearn._walk.gradients import Accumulate
@@ -79,7 +81,7 @@ class Pipeline:
         *,
         mode: Literal["exact", "eager"] = "exact",
         group: dist.ProcessGroup | None = None,
-        example: Tensor | Sequence[Tensor] | None = None,
+        example: View | Sequence[View] | None = None,
         timeout: timedelta = timedelta(minutes=5),
     ) -> None:
         self._fitted: Fitted = fit(model, ranks, mode, group, example)
@@ -93,7 +95,7 @@ class Pipeline:
         self._late: Late | None = None
         self.losses = None
 
-    def local_step(self, *views: Tensor, targets: Any = None, seed: int | None = None) -> Tensor:
+    def local_step(self, *views: View, targets: Any = None, seed: int | None = None) -> Tensor:
         """One batch: gradients are added to the ``.grad`` of this rank's weights, and the optimizer is left alone.
 
         Called by all ranks. What the batch is, rank 0 says; the others may be given the same, or nothing.
@@ -123,7 +125,7 @@ class Pipeline:
         self._step += 1
         return self.losses
 
-    def step(self, *views: Tensor, targets: Any = None, seed: int | None = None) -> Tensor:
+    def step(self, *views: View, targets: Any = None, seed: int | None = None) -> Tensor:
         """:meth:`local_step`, then the optimizer's step, and gradients set to ``None``."""
         losses = self.local_step(*views, targets=targets, seed=seed)
         self.optimizer.step()
@@ -205,9 +207,9 @@ class Pipeline:
         raise TypeError("data parallel and pipeline do not go together yet; train the Pipeline as it is")
 
     def _finish(self, late: Late, later: int = 0) -> None:
-        gradient = self._messenger.receive_gradient(self._fitted.share.from_above[0], later=later)
-        with autocast_off(gradient.device.type):
-            late.finish(gradient, Accumulate())
+        gradients = self._messenger.receive_gradient(self._fitted.share.from_above[0], later=later)
+        with autocast_off(self._fitted.device.type):
+            late.finish(gradients, Accumulate())
 
     @contextmanager
     def _alarmed(self) -> Iterator[None]:
@@ -218,15 +220,18 @@ class Pipeline:
             self._messenger.alarm(error)
             raise
 
-    def _pass(self, inlet: Tensor) -> Tensor:
+    def _pass(self, inlet: Any) -> Tensor:
         messenger, fitted = self._messenger, self._fitted
         model = self.model
 
-        def evaluate(k: int, features: Tensor) -> Tensor:
+        def evaluate(k: int, outlet: Any) -> Tensor:
             loss = model.loss[k] if isinstance(model.loss, nn.ModuleList) else model.loss
-            last = model.plan.units[k].last
-            check_rows(last, model.stages[last], features, messenger.batch.rows)
-            return unit_loss(k, model.decoders[k], loss, messenger.batch.views, messenger.batch.targets, features)
+            last, decoder, features = model.plan.units[k].last, model.decoders[k], model.features(outlet)
+            rows = messenger.batch.rows
+            if not features.ndim or features.shape[0] != rows:
+                check_rows(last, model.stages[last], features, rows)
+            read = outlet if isinstance(decoder, FromOutlet) else features
+            return unit_loss(k, decoder, loss, messenger.batch.views, messenger.batch.targets, read)
 
         versions = [version(tensor) for tensor in fitted.shared.values()]
         torch.clear_autocast_cache()
@@ -235,7 +240,16 @@ class Pipeline:
         copies = copied(fitted.highest) if delayed else {}
         keep = swapped(model.backbone, copies) if delayed else None
         with draws(messenger.batch.seed, model) as draw:
-            given = (fitted.share, model.plan.units, evaluate, Accumulate(), messenger, isolation, draw)
+            given = (
+                fitted.share,
+                model.plan.units,
+                evaluate,
+                Accumulate(),
+                messenger,
+                isolation,
+                draw,
+                fitted.device.type,
+            )
             one = RankPass(*given, eager=self._mode == "eager", keep=keep)
             try:
                 fitted.part.run(messenger.batch.inputs, lambda: one.begin(inlet), one.on_outlet)
@@ -252,4 +266,4 @@ class Pipeline:
                 f"stages of several ranks read {written[:3]}, and a forward has changed it: the ranks' copies would drift apart. "
                 "Give each stage one of its own"
             )
-        return torch.stack(one.losses) if one.losses else torch.empty(0, device=inlet.device)
+        return torch.stack(one.losses) if one.losses else torch.empty(0, device=fitted.device)

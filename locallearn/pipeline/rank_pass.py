@@ -12,7 +12,7 @@ from torch import Tensor
 from locallearn._walk.draws import Draw
 from locallearn._walk.gradients import Accumulator
 from locallearn._walk.isolation import Isolation
-from locallearn._walk.segment import Segment, cut, leaves, unchanged
+from locallearn._walk.segment import Flow, Segment, added, cut, leaves, overlapping, unchanged
 from locallearn.pipeline.share import Share
 from locallearn.plan import Unit
 
@@ -20,13 +20,13 @@ from locallearn.plan import Unit
 class Neighbours(Protocol):
     """Where outlets and gradients go, and where they come from."""
 
-    def send_outlet(self, outlet: Tensor) -> None:
+    def send_outlet(self, outlet: Any) -> None:
         """Up."""
 
-    def send_gradient(self, unit: int, gradient: Tensor) -> None:
+    def send_gradient(self, unit: int, gradients: Flow) -> None:
         """Down."""
 
-    def receive_gradient(self, unit: int) -> Tensor:
+    def receive_gradient(self, unit: int) -> Flow:
         """From above."""
 
 
@@ -45,6 +45,7 @@ class RankPass:
         neighbours: the ranks below and above.
         isolation: notes who uses which weight.
         draw: begins the random numbers of a stage or a unit.
+        device: the kind of it, for autocast.
         eager: whether nobody waits for the gradients that go down.
         keep: around the forward of the highest stage, if its gradient is to come later.
     """
@@ -53,49 +54,51 @@ class RankPass:
         self,
         share: Share,
         units: tuple[Unit, ...],
-        evaluate: Callable[[int, Tensor], Tensor],
+        evaluate: Callable[[int, Any], Tensor],
         accumulator: Accumulator,
         neighbours: Neighbours,
         isolation: Isolation,
         draw: Draw,
+        device: str,
         *,
         eager: bool,
         keep: AbstractContextManager[None] | None = None,
     ) -> None:
         self._share, self._units, self._evaluate = share, units, evaluate
         self._accumulator, self._neighbours, self._isolation = accumulator, neighbours, isolation
-        self._draw, self._eager, self._keep = draw, eager, keep
+        self._draw, self._device, self._eager, self._keep = draw, device, eager, keep
         reaching = [units[k] for k in (*share.units, *share.from_above)]
         self._crossed = {s for s in share.stages for unit in reaching if unit.lowest <= s < unit.last}
-        self._inlet: Tensor | None = None
+        self._inlets: list[Tensor] = []
         self._segments: dict[int, Segment] = {}
-        self._pending: dict[int, list[Tensor]] = {}
+        self._pending: dict[int, Flow] = {}
         self.losses: list[Tensor] = []
 
-    def begin(self, x: Tensor) -> Tensor:
+    def begin(self, x: Any) -> Any:
         """What the lowest stage reads."""
         self._starts(self._share.lowest)
-        if not self._share.to_below:
-            return x
-        self._inlet, x = cut(x.requires_grad_(), differentiable=True)
+        self._inlets, x = cut(x, differentiable=bool(self._share.to_below))
         return x
 
-    def on_outlet(self, stage: int, outlet: Tensor) -> Tensor:
+    def on_outlet(self, stage: int, outlet: Any) -> Any:
         """A stage has ended."""
         if stage == self._share.highest:
             self.close()
-        self._segments[stage] = Segment(outlet, self._inlet)
-        self._isolation.claim_stage(stage, self._segments[stage].weights)
+        if not isinstance(outlet, Tensor) and overlapping(outlet):
+            raise ValueError(
+                f"stage {stage} returns tensors that share memory; on several ranks they would not. Return copies"
+            )
+        self._segments[stage] = segment = Segment(outlet, self._inlets)
+        self._isolation.claim_stage(stage, segment.weights, segment.outlets)
         if stage == self._share.highest:
             self._neighbours.send_outlet(outlet)
         for k in self._share.units:
             if self._units[k].last == stage:
                 self._train(k)
-        self._inlet, handed_on = cut(outlet, differentiable=stage in self._crossed)
+        self._inlets, handed_on = cut(outlet, differentiable=stage in self._crossed)
         if stage not in self._share.last_uses:
             self._segments.pop(stage, None)
-        if self._inlet is not None:
-            self._isolation.opens(stage + 1, self._inlet)
+        self._isolation.opens(stage + 1, self._inlets)
         self._starts(stage + 1)
         return handed_on
 
@@ -109,7 +112,7 @@ class RankPass:
         if self._keep is not None:
             self._keep.__exit__(None, None, None)
 
-    def held(self) -> tuple[Segment, list[Tensor]]:
+    def held(self) -> tuple[Segment, Flow]:
         """The highest stage's segment and what waits at its outlet, for a gradient that comes in a later step."""
         highest = self._share.highest
         return self._segments.pop(highest), self._pending.pop(highest, [])
@@ -117,26 +120,25 @@ class RankPass:
     def finish(self) -> None:
         """Takes the gradients that come from above."""
         for k in self._share.from_above:
-            gradient = [self._neighbours.receive_gradient(k)]
-            with autocast_off(gradient[0].device.type):
-                self._walk(k, gradient)
+            with autocast_off(self._device):
+                self._walk(k, self._neighbours.receive_gradient(k))
 
     def _train(self, k: int) -> None:
         unit = self._units[k]
         segment = self._segments[unit.last]
+        inlets, outlet = cut(segment.outlet, differentiable=True)
+        self._draw("unit", k)
         with unchanged(segment.outlet, f"the decoder or the loss of unit {k}"):
-            leaf, features = cut(segment.outlet, differentiable=True)
-            self._draw("unit", k)
-            loss = self._evaluate(k, features)
+            loss = self._evaluate(k, outlet)
         torch.clear_autocast_cache()
         self.losses.append(loss.detach())
-        weights = [weight for weight in leaves(loss) if weight is not leaf]
+        weights = leaves(loss, beyond=inlets)
         self._isolation.claim_unit(weights)
         with autocast_off(loss.device.type):
-            flow = self._accumulator.push(loss, weights, leaf) if loss.requires_grad else []
+            flow = self._accumulator.push(loss, weights, inlets) if loss.requires_grad else []
             self._walk(k, flow)
 
-    def _walk(self, k: int, flow: list[Tensor]) -> None:
+    def _walk(self, k: int, flow: Flow) -> None:
         """Takes a unit's gradient down through this rank's stages, and hands it on to the rank below."""
         unit, share = self._units[k], self._share
         for stage in range(min(unit.last, share.highest), max(unit.lowest, share.lowest) - 1, -1):
@@ -147,34 +149,30 @@ class RankPass:
                 flow = self._push(segment, flow, below=below)  # both in one backward
             else:
                 if flow and stage in unit.updates:
-                    pending = [pending[0] + flow[0]] if pending else [flow[0]]
+                    pending = added(pending, flow)
                 if below:
                     flow = self._pull(segment, flow, retain=bool(pending) or not last)
                 if leaving:
-                    self._neighbours.send_gradient(k, flow.pop())
-                    leaving = False
+                    self._neighbours.send_gradient(k, flow)
+                    leaving, flow = False, []
                 if last:
                     self._push(segment, pending, below=False)
                 elif pending:
                     self._pending[stage] = pending
             if leaving:
-                assert segment.inlet is not None
-                self._neighbours.send_gradient(k, flow.pop() if flow else torch.zeros_like(segment.inlet))
+                self._neighbours.send_gradient(k, flow)
             if last:
                 del self._segments[stage]
 
-    def _pull(self, segment: Segment, flow: list[Tensor], *, retain: bool) -> list[Tensor]:
-        if segment.inlet is None:
-            return []
-        flow = segment.pull(flow, retain=retain) if flow else []
-        return flow or [torch.zeros_like(segment.inlet)]
+    def _pull(self, segment: Segment, flow: Flow, *, retain: bool) -> Flow:
+        return segment.pull(flow, retain=retain) if flow and segment.inlets else []
 
-    def _push(self, segment: Segment, box: list[Tensor], *, below: bool) -> list[Tensor]:
+    def _push(self, segment: Segment, box: Flow, *, below: bool) -> Flow:
         if not box:
             return []
-        root = segment.seed(box)
-        del segment.outlet
-        return self._accumulator.push(root, segment.weights, segment.inlet if below else None)
+        roots, gradients = segment.start(box)
+        segment.let_go()
+        return self._accumulator.push(roots, segment.weights, segment.inlets if below else (), gradients)
 
 
 def autocast_off(device: str) -> Any:

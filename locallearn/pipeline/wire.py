@@ -11,8 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
+from locallearn._walk.trees import tensors
 from locallearn.pipeline.messages import Form, Header, Kind
 
 _IN_FLIGHT = 2  # messages with tensors to one neighbour
@@ -109,8 +109,8 @@ class Outbox(Line):
             self._post(told, header.step)
             self._form = form
         self.drain(header.step, left=_IN_FLIGHT - 1)
-        tensors = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and not leaf.is_meta]
-        self._post(form.pack(tensors, header, self._device), header.step, heavy=True)
+        sent = [tensor for tensor in tensors(tree) if not tensor.is_meta]
+        self._post(form.pack(sent, header, self._device), header.step, heavy=True)
 
     def tell(self, header: Header) -> None:
         """Sends a header alone."""

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from locallearn._fitting.batches import View
+from locallearn._walk.trees import mapped
 from locallearn.testing.copies import copied, exact, gradients, replayed
 from locallearn.testing.reference import LocalGradients, prepared
 from locallearn.wrapper import LocalWrapper
@@ -17,7 +19,7 @@ _RTOL = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 5e-2, torch.bf
 _MOST = 20  # problems that one message lists
 
 
-def assert_local_gradients(model: LocalWrapper, *views: Tensor, targets: Any = None, rtol: float | None = None) -> None:
+def assert_local_gradients(model: LocalWrapper, *views: View, targets: Any = None, rtol: float | None = None) -> None:
     """Asserts that ``local_step``, and ``loss = model(*views); loss.backward()``, give what :func:`local_gradients` does.
 
     Losses, the gradient of every parameter, and buffers are compared: the difference's norm relative to the expected one's,
@@ -59,7 +61,7 @@ def assert_local_gradients(model: LocalWrapper, *views: Tensor, targets: Any = N
     for entry, run in _ENTRIES.items():
         with replayed():
             again = copied(ready.model)
-            run(again, [view.detach().clone() for view in ready.views], ready.targets)
+            run(again, [mapped(lambda tensor: tensor.detach().clone(), view) for view in ready.views], ready.targets)
         found = list(_problems(again, expected, rtol))
         more = [f"and {len(found) - _MOST} more"] if len(found) > _MOST else []
         problems += [f"{entry}: {problem}" for problem in [*found[:_MOST], *more]]
@@ -70,13 +72,13 @@ def assert_local_gradients(model: LocalWrapper, *views: Tensor, targets: Any = N
         )
 
 
-def _step(model: LocalWrapper, views: Sequence[Tensor], targets: Any) -> None:
+def _step(model: LocalWrapper, views: Sequence[View], targets: Any) -> None:
     model.local_step(*views, targets=targets)
 
 
-def _call(model: LocalWrapper, views: Sequence[Tensor], targets: Any) -> None:
+def _call(model: LocalWrapper, views: Sequence[View], targets: Any) -> None:
     loss = model(*views, targets=targets)
-    with torch.autocast(views[0].device.type, enabled=False):
+    with torch.autocast(loss.device.type, enabled=False):
         loss.backward()
 
 

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from locallearn._fitting.attach import FromOutlet
+from locallearn._fitting.batches import View, concatenated, plain_views
+from locallearn._walk.trees import called, mapped, tensors
 from locallearn.schedules import Forward
 from locallearn.testing.copies import copied, double, doubled, gradients, replayed, under_autocast
 from locallearn.wrapper import LocalWrapper
@@ -37,7 +40,7 @@ class LocalGradients(NamedTuple):
     dtype: torch.dtype
 
 
-def local_gradients(model: LocalWrapper, *views: Tensor, targets: Any = None) -> LocalGradients:
+def local_gradients(model: LocalWrapper, *views: View, targets: Any = None) -> LocalGradients:
     """The gradients of the :term:`units <unit>`' losses by plain autograd: one forward, and one whole backward per unit.
 
     Everything happens on deep copies in double precision, complex numbers in ``complex128``. A model that fails there
@@ -53,7 +56,7 @@ def local_gradients(model: LocalWrapper, *views: Tensor, targets: Any = None) ->
         targets: handed to the loss as its last argument, if not ``None``.
 
     Raises:
-        TypeError: if ``model`` is not a ``LocalWrapper``, or a view not a tensor.
+        TypeError: if ``model`` is not a ``LocalWrapper``, or a view neither a tensor nor a tuple or mapping of some.
         ValueError: without views; if something is trained that no module registers as a parameter; if a stage does not
             end once.
         RuntimeError: if the model cannot be copied.
@@ -75,33 +78,30 @@ class Prepared(NamedTuple):
     """A copy in double precision where that works, what it gets, and what a pass must give on it."""
 
     model: LocalWrapper
-    views: tuple[Tensor, ...]
+    views: tuple[View, ...]
     targets: Any
     expected: LocalGradients
     why: str
 
 
 @replayed()
-def prepared(model: LocalWrapper, views: tuple[Tensor, ...], targets: Any) -> Prepared:
+def prepared(model: LocalWrapper, views: tuple[View, ...], targets: Any) -> Prepared:
     """Copies ``model``, and runs the reference on another copy."""
     if not isinstance(model, LocalWrapper):
         inner = " Take what it wraps, `.module`." if isinstance(getattr(model, "module", None), LocalWrapper) else ""
         raise TypeError(f"a LocalWrapper is compared with plain autograd; got {type(model).__name__}.{inner}")
-    if not views:
-        raise ValueError("a local pass needs at least one view; got none")
-    if wrong := [type(view).__name__ for view in views if not isinstance(view, Tensor)]:
-        raise TypeError(f"views are tensors, one argument per view; got {wrong}")
+    views = tuple(plain_views(views))
     plain, why = copied(model), ""
-    if not under_autocast(views[0]):
+    if not under_autocast(tensors(views[0])[0]):
         try:
-            exact = double(copied(model)), tuple(map(doubled, views)), tree_map(doubled, targets)
+            exact = double(copied(model)), tuple(mapped(doubled, view) for view in views), tree_map(doubled, targets)
             return Prepared(*exact, _reference(copied(exact[0]), *exact[1:]), "")
         except Exception as error:  # noqa: BLE001 - whatever it is, it is raised below if double precision is not its cause
             why = f", since in double precision it fails: {str(error).strip() or type(error).__name__}"
     return Prepared(plain, views, targets, _reference(copied(model), views, targets), why)
 
 
-def _reference(model: LocalWrapper, views: Sequence[Tensor], targets: Any) -> LocalGradients:
+def _reference(model: LocalWrapper, views: Sequence[View], targets: Any) -> LocalGradients:
     """Runs on ``model`` itself, which is a copy."""
     with replayed():
         outlets, losses = _forward(model, views, targets)
@@ -110,7 +110,8 @@ def _reference(model: LocalWrapper, views: Sequence[Tensor], targets: Any) -> Lo
         stages: list[list[Tensor]] = []  # the weights that an outlet reaches and the one below does not
         below: set[int] = set()
         for outlet in outlets:
-            reached = graph(outlet)[0]
+            reached = [weight for tensor in tensors(outlet) for weight in graph(tensor)[0]]
+            reached = list({id(weight): weight for weight in reached}.values())
             stages.append([weight for weight in reached if id(weight) not in below])
             below |= {id(weight) for weight in reached}
 
@@ -128,7 +129,7 @@ def _reference(model: LocalWrapper, views: Sequence[Tensor], targets: Any) -> Lo
                 trained_by[names[weight]] = (*trained_by.get(names[weight], ()), k)
 
         buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
-        with torch.autocast(views[0].device.type, enabled=False):
+        with torch.autocast(losses[0].device.type, enabled=False):
             for root, inputs in roots:
                 if inputs and root.requires_grad:
                     torch.autograd.backward(root, inputs=inputs, retain_graph=True)
@@ -143,7 +144,7 @@ def _reference(model: LocalWrapper, views: Sequence[Tensor], targets: Any) -> Lo
     )
 
 
-def _forward(model: LocalWrapper, views: Sequence[Tensor], targets: Any) -> tuple[list[Tensor], list[Tensor]]:
+def _forward(model: LocalWrapper, views: Sequence[View], targets: Any) -> tuple[list[Any], list[Tensor]]:
     """The stages' outlets and the units' losses, of one plain forward in which nothing is cut.
 
     Losses are evaluated when the schedule trains their units: decoders may draw random numbers, in between those of stages.
@@ -156,15 +157,15 @@ def _forward(model: LocalWrapper, views: Sequence[Tensor], targets: Any) -> tupl
         else:
             due[latest].append(action.unit)
     ran: list[int] = []
-    outlets: list[Tensor] = []
+    outlets: list[Any] = []
     losses: dict[int, Tensor] = {}
 
-    def noted(stage: int, end: nn.Module) -> Callable[..., Tensor]:
-        def call(*args: Any, **kwargs: Any) -> Tensor:
-            output: Tensor = end._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+    def noted(stage: int, end: nn.Module) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            output = end._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
             ran.append(stage)
             with torch.inference_mode(False), torch.enable_grad():  # whatever the backbone has set around this place
-                outlets.append(output.clone())  # since the next stage may begin with an operation in place
+                outlets.append(_cloned(output))  # since the next stage may begin with an operation in place
                 if ran == list(range(stage + 1)):
                     losses.update({k: _evaluated(model, k, outlets, len(views), targets) for k in due[stage]})
             return output
@@ -174,7 +175,7 @@ def _forward(model: LocalWrapper, views: Sequence[Tensor], targets: Any) -> tupl
     ends: list[Any] = [model.backbone.get_submodule(name) for name in model.stages]
     for stage, end in enumerate(ends):  # around the whole call: behind the hooks on its backward, too
         end._compiled_call_impl = noted(stage, end)
-    model.backbone(torch.cat([view.detach() for view in views]))
+    called(model.backbone, concatenated(views, copy=True))
     for end in ends:
         del end._compiled_call_impl
     if ran != list(range(len(ends))):
@@ -185,8 +186,15 @@ def _forward(model: LocalWrapper, views: Sequence[Tensor], targets: Any) -> tupl
     return outlets, [losses[k] for k in range(len(losses))]
 
 
-def _evaluated(model: LocalWrapper, k: int, outlets: Sequence[Tensor], views: int, targets: Any) -> Tensor:
-    output = model.decoders[k](outlets[model.plan.units[k].last])
+def _cloned(outlet: Any) -> Any:
+    """A copy with its graph, in which a tensor that is there twice stays one."""
+    known: dict[Tensor, Tensor] = {}
+    return mapped(lambda tensor: known.setdefault(tensor, tensor.clone()), outlet)
+
+
+def _evaluated(model: LocalWrapper, k: int, outlets: Sequence[Any], views: int, targets: Any) -> Tensor:
+    outlet, decoder = outlets[model.plan.units[k].last], model.decoders[k]
+    output = decoder(outlet if isinstance(decoder, FromOutlet) else model.features(outlet))
     outputs = [output] if views == 1 else output.chunk(views)
     loss: Tensor = _loss(model, k)(*outputs, *([] if targets is None else [targets]))
     return loss.reshape(())
@@ -201,16 +209,19 @@ def graph(root: Tensor) -> tuple[list[Tensor], set[torch.dtype]]:
     found = {id(root): root} if root.grad_fn is None and root.requires_grad else {}
     dtypes = {root.dtype}
     seen: set[object] = set()
-    stack: list[Any] = [root.grad_fn]
+    stack: list[tuple[Any, int]] = [(root.grad_fn, root.output_nr)]
     while stack:
-        node = stack.pop()
-        if node is None or node in seen:
+        node, result = stack.pop()
+        if node is None:
+            continue
+        if results := getattr(node, "_input_metadata", ()):  # of those that no gradient reaches it tells nothing
+            dtypes.add(results[result].dtype)
+        if node in seen:
             continue
         seen.add(node)
         if hasattr(node, "variable"):
             found[id(node.variable)] = node.variable
-        dtypes |= {result.dtype for result in getattr(node, "_input_metadata", ())}
-        stack += [following for following, _ in node.next_functions]
+        stack += node.next_functions
     return list(found.values()), {dtype.to_real() for dtype in dtypes if dtype.is_floating_point or dtype.is_complex}
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from locallearn._fitting.objective import concatenated, registered, unit_loss
+from locallearn._fitting.batches import concatenated
+from locallearn._fitting.objective import registered, unit_loss
 
 
 def test_the_loss_gets_the_decoders_output_for_each_view_and_the_targets_last() -> None:

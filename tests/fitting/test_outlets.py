@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
-from zoo import ZOO, ReturnsPair, small_net
+from zoo import ZOO, small_net
 
 from locallearn import LocalWrapper, MLPDecoder
-from locallearn._fitting.outlets import channel_axis, example_batch, probe
+from locallearn._fitting.batches import example_batch
+from locallearn._fitting.outlets import channel_axis, probe
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -82,11 +83,6 @@ def test_views_as_an_example_are_one_batch() -> None:
 def test_a_backbone_that_does_not_run_on_it_asks_for_an_example() -> None:
     with pytest.raises(ValueError, match=r"Sequential does not run on .*\(2, 3, 224, 224\).*example=batch"):
         LocalWrapper(nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5)), [0, 1])
-
-
-def test_an_outlet_that_is_not_one_tensor_is_named() -> None:
-    with pytest.raises(TypeError, match="stage 1 ends after 'b', which returned a tuple of 2"):
-        LocalWrapper(ReturnsPair(), ["a", "b", "c"], example=torch.rand(2, 3, 8, 8))
 
 
 @pytest.mark.parametrize(

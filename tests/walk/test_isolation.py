@@ -54,7 +54,7 @@ def test_inlets_are_not_kept_alive() -> None:
     _, isolation = fresh()
     gc.disable()
     inlet: Tensor = torch.rand(3, requires_grad=True)
-    isolation.opens(1, inlet)
+    isolation.opens(1, [inlet])
     known = weakref.ref(inlet)
     with pytest.raises(ValueError, match=r"stage 2 \('c'\) uses the outlet of stage 0 \('a'\)"):
         isolation.claim_stage(2, [inlet])

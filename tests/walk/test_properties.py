@@ -54,6 +54,7 @@ def compare(drawn: Drawn, data: st.DataObject) -> None:
             schedule=lambda plan: actions,
             example=torch.rand(2, 4, 4, 4),
             checkpoint=drawn.policy,
+            features=drawn.features,
         )
     except ValueError as error:
         assert "chooses no submodule" in str(error)  # noqa: PT017 - this network has none of those
@@ -70,9 +71,11 @@ def compare(drawn: Drawn, data: st.DataObject) -> None:
             model = again
             model(*pair).backward()
             by_step = model.losses
-        torch.testing.assert_close(by_step, losses, rtol=drawn.tolerance, atol=1e-10)
-        if expected:
-            assert_same(gradients(model), expected, tolerance=drawn.tolerance)
+        torch.testing.assert_close(by_step, losses, rtol=1e-3 if drawn.single else 1e-8, atol=1e-10)
+        if expected and drawn.single:  # what rounding leaves of a small gradient is as large as of a large one
+            assert_same(gradients(model), expected, tolerance=1e-4, floor=1.0)
+        elif expected:
+            assert_same(gradients(model), expected, tolerance=1e-8)
         else:
             assert not any(g.any() for g in gradients(model).values())
         ours = {name: buffer for name, buffer in model.named_buffers() if name in buffers}

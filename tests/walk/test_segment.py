@@ -12,19 +12,19 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from zoo import ZOO
 
-from locallearn._walk.segment import Segment, cut, leaves, unchanged
+from locallearn._walk import segment as segments
+from locallearn._walk.segment import Flow, Segment, cut, leaves, unchanged
 
 
 def segment() -> tuple[Segment, nn.Linear]:
     layer = nn.Linear(3, 3)
-    leaf, inlet = cut(torch.rand(2, 3, requires_grad=True) * 1, differentiable=True)
-    return Segment(layer(inlet).relu_(), leaf), layer
+    leaves, inlet = cut(torch.rand(2, 3, requires_grad=True) * 1, differentiable=True)
+    return Segment(layer(inlet).relu_(), leaves), layer
 
 
 def test_a_cut_is_a_detach_that_may_be_changed_in_place() -> None:
     outlet = torch.rand(3, requires_grad=True) * 2
-    leaf, handed_on = cut(outlet, differentiable=True)
-    assert leaf is not None
+    (leaf,), handed_on = cut(outlet, differentiable=True)
     assert leaf.is_leaf
     assert handed_on.data_ptr() == leaf.data_ptr() == outlet.data_ptr()
     (gradient,) = torch.autograd.grad(handed_on.mul_(3).sum(), leaf)
@@ -33,8 +33,8 @@ def test_a_cut_is_a_detach_that_may_be_changed_in_place() -> None:
 
 @pytest.mark.parametrize(("requires", "differentiable"), [(True, False), (False, True)])
 def test_a_cut_that_nobody_asks_a_gradient_of_has_no_leaf(requires: bool, differentiable: bool) -> None:
-    leaf, handed_on = cut(torch.rand(3, requires_grad=requires) * 1, differentiable=differentiable)
-    assert leaf is None
+    begins, handed_on = cut(torch.rand(3, requires_grad=requires) * 1, differentiable=differentiable)
+    assert not begins
     assert not handed_on.requires_grad
 
 
@@ -60,7 +60,7 @@ def test_leaves_refuses_reentrant_checkpointing() -> None:
 def test_pulling_gives_the_inlets_gradient_and_none_to_weights() -> None:
     part, layer = segment()
     gradient = torch.rand(2, 3)
-    expected = torch.autograd.grad(part.outlet, part.inlet, gradient, retain_graph=True)[0]  # type: ignore[arg-type]
+    expected = torch.autograd.grad(part.outlet, part.inlets, gradient, retain_graph=True)[0]  # type: ignore[arg-type]
     (ours,) = part.pull([gradient.clone()], retain=True)
     torch.testing.assert_close(ours, expected)
     assert layer.weight.grad is None
@@ -69,8 +69,10 @@ def test_pulling_gives_the_inlets_gradient_and_none_to_weights() -> None:
         part.pull([gradient], retain=False)
 
 
-def test_the_walk_lets_go_of_the_gradient_while_it_runs() -> None:
+@pytest.mark.parametrize("small", [0, 2**16])
+def test_the_walk_lets_go_of_a_large_gradient_while_it_runs(small: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tensor in the box is dead before the stage's first operation gets its turn."""
+    monkeypatch.setattr(segments, "SMALL", small)
     alive: list[bool] = []
 
     class Watch(torch.autograd.Function):
@@ -83,12 +85,12 @@ def test_the_walk_lets_go_of_the_gradient_while_it_runs() -> None:
             alive.append(watched() is not None)
             return gradient
 
-    leaf, inlet = cut(torch.rand(2, 3, requires_grad=True) * 1, differentiable=True)
-    part = Segment(nn.Linear(3, 3)(Watch.apply(inlet)), leaf)
-    box = [torch.rand(2, 3)]
+    begins, inlet = cut(torch.rand(2, 3, requires_grad=True) * 1, differentiable=True)
+    part = Segment(nn.Linear(3, 3)(Watch.apply(inlet)), begins)
+    box: Flow = [torch.rand(2, 3)]
     watched = weakref.ref(box[0])
     part.pull(box, retain=False)
-    assert alive == [False]
+    assert alive == [small > 0]
     assert box == []
 
 
