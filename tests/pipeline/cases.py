@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck, ResNet
 from zoo import ZOO, conv, small
 
-from locallearn import InfoNCE, LocalWrapper, TokenDecoder, UpperOnly
+from locallearn import InfoNCE, LocalWrapper, MLPDecoder, TokenDecoder, UpperOnly
 from locallearn.pipeline import Pipeline
 from locallearn.testing import local_gradients
 
@@ -22,7 +22,7 @@ class Case(NamedTuple):
     """A model, and batches for it: ``views(step, rows)``."""
 
     build: Callable[[], LocalWrapper]
-    views: Callable[[int, int], tuple[Tensor, ...]]
+    views: Callable[[int, int], tuple[Any, ...]]
 
 
 def images(size: int) -> Callable[[int, int], tuple[Tensor, ...]]:
@@ -107,6 +107,49 @@ def encoder() -> LocalWrapper:
     return LocalWrapper(Encoder(), [f"layers.{k}" for k in range(4)], decoder=TokenDecoder, example=tokens(0, 2)[0])
 
 
+class Pairs(nn.Module):
+    """Every block hands on two maps and a mask, of which the second map skips a block, and takes a mapping's arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(TwoMaps(8) for _ in range(4))
+
+    def forward(self, *, images: Tensor, mask: Tensor, scale: float) -> Tensor:
+        state: Any = {"a": images * scale, "b": images, "mask": mask}
+        for block in self.blocks:
+            state = block(state)
+        result: Tensor = state["a"]
+        return result
+
+
+class TwoMaps(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.a, self.b, self.norm = nn.Linear(width, width), nn.Linear(width, width), nn.BatchNorm1d(width)
+
+    def forward(self, state: Any) -> Any:
+        a = self.norm(self.a(state["a"] * state["mask"]).relu() + state["b"])
+        return {"a": a, "b": self.b(a) + state["b"], "mask": state["mask"]}
+
+
+def pairs() -> LocalWrapper:
+    torch.manual_seed(0)
+    cuts = [f"blocks.{k}" for k in range(4)]
+    return LocalWrapper(Pairs(), cuts, decoder=MLPDecoder, features="a", example=[of_pairs(0, 2)[0]])
+
+
+def of_pairs(step: int, rows: int) -> tuple[Any, ...]:
+    generator = torch.Generator().manual_seed(step)
+    return tuple(
+        {
+            "images": torch.rand(rows, 8, generator=generator),
+            "mask": (torch.rand(rows, 8, generator=generator) > 0.3).double(),
+            "scale": 2.0 + step,
+        }
+        for _ in range(2)
+    )
+
+
 class Masked(nn.Module):
     """A Hugging Face encoder, its mask made of the words."""
 
@@ -135,6 +178,17 @@ def bert() -> LocalWrapper:
     return LocalWrapper(Masked(), cuts, decoder=TokenDecoder, example=tokens(0, 2)[0])
 
 
+def sentences(step: int, rows: int) -> tuple[Any, ...]:
+    return tuple({"input_ids": words, "attention_mask": (words != 0).long()} for words in tokens(step, rows))
+
+
+def bert_by_name() -> LocalWrapper:
+    """The encoder itself, whose mask is an argument."""
+    torch.manual_seed(0)
+    cuts = [f"encoder.layer.{k}" for k in range(4)]
+    return LocalWrapper(Masked().bert, cuts, decoder=TokenDecoder, example=[sentences(0, 2)[0]])
+
+
 CASES = {
     "gim": chain(4, overlap=0),
     "loco": chain(4),
@@ -145,7 +199,9 @@ CASES = {
     "nested": Case(nested, images(8)),
     "resnet50": Case(resnet50, images(32)),
     "encoder": Case(encoder, tokens),
+    "pairs": Case(pairs, of_pairs),
     "bert": Case(bert, tokens),
+    "bert by name": Case(bert_by_name, sentences),
     **{name: of_zoo(name) for name in ZOO},
 }
 
@@ -175,7 +231,7 @@ def off(pipe: Pipeline, one: LocalWrapper) -> float:
 
 
 def pipeline(case: Case, ranks: Sequence[int], optimizer: Any = sgd, **options: Any) -> Pipeline:
-    options = {"example": case.views(0, 2)[0], "timeout": timedelta(seconds=60)} | options
+    options = {"example": [case.views(0, 2)[0]], "timeout": timedelta(seconds=60)} | options
     return Pipeline(case.build(), ranks, optimizer, **options)
 
 

@@ -28,6 +28,8 @@ LAYOUTS: dict[int, list[Layout]] = {
         ("vit", [3, 1]),
         ("encoder", [2, 2]),
         ("encoder", [1, 3]),
+        ("pairs", [2, 2]),
+        ("pairs", [1, 3]),
     ],
     4: [
         ("loco", [1, 1, 1, 1]),
@@ -37,6 +39,7 @@ LAYOUTS: dict[int, list[Layout]] = {
         ("overlap 3", [1, 1, 2, 1]),
         ("end to end", [1, 1, 1, 1]),
         ("encoder", [1, 1, 1, 1]),
+        ("pairs", [1, 1, 1, 1]),
     ],
 }
 FULL = [(name, ranks) for name in ("resnet18", "shufflenet", "sequential") for ranks in ([2, 2], [3, 1])]
@@ -44,7 +47,7 @@ FULL += [("swin", ranks) for ranks in ([2, 1], [1, 2])]
 
 
 EAGER: dict[int, list[Layout]] = {
-    2: [("loco", [2, 2]), ("upper only", [1, 3]), ("vit", [3, 1]), ("resnet50", [2, 2])],
+    2: [("loco", [2, 2]), ("pairs", [2, 2]), ("upper only", [1, 3]), ("vit", [3, 1]), ("resnet50", [2, 2])],
     4: [("loco", [1, 1, 1, 1]), ("encoder", [1, 1, 1, 1])],
 }
 
@@ -67,5 +70,6 @@ def test_weights_losses_and_buffers_are_those_of_one_process(world: int, tmp_pat
 
 def test_a_hugging_face_encoder_with_a_padding_mask(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
-    for found in processes.run(work, 2, tmp_path, [("bert", [2, 2]), ("bert", [1, 3])], []):
+    layouts = [(name, ranks) for name in ("bert", "bert by name") for ranks in ([2, 2], [1, 3])]
+    for found in processes.run(work, 2, tmp_path, layouts, []):
         assert not {layout: off for layout, off in found.items() if off}
