@@ -123,13 +123,13 @@ def main() -> None:
                 (args.folder / "new").write_text(str(step + 1))
                 (args.folder / "new").replace(latest)  # whole, or not at all
 
+    dist.destroy_process_group()
     if rank == 0:
         whole = build(args.stages * ranks, args.width)
         state = {"model": whole.state_dict()}
-        dcp.load(state, checkpoint_id=args.folder / f"step-{args.steps}", no_dist=True)
+        dcp.load(state, checkpoint_id=args.folder / f"step-{args.steps}")
         whole.load_state_dict(state["model"])
         print(f"nearest neighbour: {nearest_neighbour(whole, images, labels, known):.1%}")
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

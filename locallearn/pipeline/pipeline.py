@@ -110,9 +110,13 @@ class Pipeline:
 
         Raises:
             PipelineError: if another rank is lost, or does not answer.
+            RuntimeError: without gradients, or under fp16 autocast.
         """
         if not torch.is_grad_enabled():
             raise RuntimeError("a pipeline trains, and gradients are disabled here")
+        kind = self._fitted.device.type
+        if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16:
+            raise RuntimeError("fp16 needs one loss scale on all ranks, which a pipeline has not; take bf16 autocast")
         messenger, share = self._messenger, self._fitted.share
         messenger.begin(self._step)
         with self._alarmed():

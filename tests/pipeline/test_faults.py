@@ -150,7 +150,7 @@ def check(faults: list[Fault], folder: Path) -> None:
     assert set(ended.values()) == {"finished"}
     whole = build()
     state = {"model": whole.state_dict()}
-    dcp.load(state, checkpoint_id=folder / str(STEPS), no_dist=True)
+    dcp.load(state, checkpoint_id=folder / str(STEPS))
     wanted = unbroken()
     assert all(torch.equal(state["model"][name], tensor) for name, tensor in wanted.items())
 
@@ -168,12 +168,12 @@ def drawn(kills: int, stalls: int) -> list[Fault]:
     ]
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.filterwarnings("ignore:torch.distributed is")
 def test_a_killed_and_a_stalled_rank_end_all_others_and_the_next_start_goes_on(tmp_path: Path) -> None:
     check([Fault(2, 2, 0, stalls=False), Fault(1, 5, 1, stalls=True)], tmp_path)
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.filterwarnings("ignore:torch.distributed is")
 def test_any_rank_may_be_lost_at_any_step(tmp_path: Path, full: bool) -> None:
     if not full:
         pytest.skip("26 starts; run with --full")

@@ -272,6 +272,8 @@ def refused(rank: int) -> dict[str, str]:
     found["around"] = error(lambda: DistributedDataParallel(pipe))
     with torch.no_grad():
         found["no_grad"] = error(lambda: pipe.step(*loco.views(0, 4)))
+    with torch.autocast("cpu", torch.float16):
+        found["fp16"] = error(lambda: pipe.step(*loco.views(0, 4)))
     pipe.flush()
     eager = pipeline(loco, [2, 2], mode="eager")
     eager.step(*loco.views(0, 4))
@@ -359,6 +361,7 @@ REFUSALS = {
     "group": "data parallel times pipeline is not there yet",
     "around": "TypeError: data parallel and pipeline do not go together yet",
     "no_grad": "RuntimeError: a pipeline trains, and gradients are disabled here",
+    "fp16": "RuntimeError: fp16 needs one loss scale on all ranks",
     "written": "stages of several ranks read ['backbone.runs'], and a forward has changed it",
 }
 
