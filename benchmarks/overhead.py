@@ -44,11 +44,11 @@ def alike(z0: Tensor, z1: Tensor) -> Tensor:
     return (z0 * z1).sum()
 
 
-def per_stage(stages: int = 64, repeats: int = 50) -> tuple[float, float]:
+def per_stage(stages: int = 64, repeats: int = 50, device: str = "cpu") -> tuple[float, float]:
     """Microseconds that a stage of LoCo takes in `local_step`, and by hand, on vectors of 8 numbers."""
-    net = nn.Sequential(*[Scale() for _ in range(stages)])
-    model = LocalWrapper(net, range(stages), 1, lambda width: nn.Identity(), loss=alike, example=torch.rand(2, 8))
-    images = torch.rand(8, 8)
+    net = nn.Sequential(*[Scale() for _ in range(stages)]).to(device)
+    images = torch.rand(8, 8, device=device)
+    model = LocalWrapper(net, range(stages), 1, lambda width: nn.Identity(), loss=alike, example=images[:2])
     bare = Net([[stage] for stage in net], model.decoders, model.plan, criterion=alike)
     steps = {"ours": lambda: model.local_step(*images.chunk(2)), "by hand": lambda: rivals.by_hand(bare, images)}
     times = interleaved(steps, repeats, iter)

@@ -8,7 +8,7 @@ HPFF, which adds overlap 1, wins half of that back). `--preset gpu` is that sett
 one, a few minutes a run on one core; `--preset gpu-short` is between (written for half an hour on one card, not tried there).
 
     python examples/overlap_curve.py --data data/cifar10.npz --threads 1            # start it twice: two runs at a time
-    python examples/overlap_curve.py --data cifar10 --download --preset gpu --jobs 4    # four runs share the card
+    python examples/overlap_curve.py --data cifar10 --download --preset gpu --jobs 14   # share the card; best with MPS
     python examples/overlap_curve.py --times 20 --threads 1                         # what a step takes, row by row in turn
     python examples/overlap_curve.py --report docs/reproduce/overlap_curve.jsonl    # table and figure of finished runs
 
@@ -36,6 +36,7 @@ import torch
 from command_line import Parser, at_least, device, write
 from curves.claims import alone, claimed
 from curves.costs import costs, machine, time_steps
+from curves.graphed import GraphedStep
 from curves.network import first, new_training
 from curves.presets import PRESETS, START, Curve, Job, Setting, jobs
 from curves.results import markdown, show
@@ -75,11 +76,12 @@ def train(job: Job, images: Images, training: Training, steps: int, directory: P
     view = shifted_views if supervised else simclr_views(images.size)
     draws = Draws(len(images.train), setting.batch_size, steps, job.seed, training.step)
     epoch = len(images.train) // setting.batch_size
+    local_step = GraphedStep(model)
     progress = Progress(directory, steps, training.step, training.seconds, setting.batch_size, on, tensorboard=False)
     with progress:
         for seen, labels in view_batches(images, draws, view, on, views=1 if supervised else 2):
             views = [pixels.contiguous(memory_format=torch.channels_last) for pixels in seen]
-            losses = model.local_step(*views, targets=labels if supervised else None)
+            losses = local_step(views, labels if supervised else None)
             lr = training.update()
             progress.step()
             if training.step % 10 == 0 or training.step == steps:
@@ -311,9 +313,7 @@ def parser() -> Parser:
     add("--download", action="store_true", help="download the data set to --data-dir if it is not there")
     add("--preset", choices=list(PRESETS), default="cpu", help="which curves, of what size (%(default)s)")
     add("--curves", nargs="+", metavar="NAME", help="only these of the preset's")
-    add(
-        "--rows", nargs="+", metavar="ROW", help="only these: overlaps, start, both, upper, deep; see curves/presets.py"
-    )
+    add("--rows", nargs="+", metavar="ROW", help="only these: overlaps, start, both, upper, ...; see curves/presets.py")
     add("--seeds", nargs="+", type=at_least(0), metavar="N", help="in place of the preset's")
     add("--images", type=at_least(1), metavar="N", help="to train on, in place of the preset's")
     add("--held-out", type=at_least(1), metavar="N", help="to read out on, in place of the preset's")

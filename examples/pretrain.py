@@ -27,7 +27,6 @@ import torch
 from inputs.images import DataError, Images, load
 from inputs.loading import view_batches
 from inputs.views import Views, grey_views, simclr_views
-from pretraining.collapse import DivergedError, Watch
 from pretraining.draws import DROPOUT, Draws, seed_of
 from pretraining.ending import status_of
 from pretraining.interrupt import interruptible
@@ -50,8 +49,10 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import locallearn
+from locallearn.diagnosis import DivergedError, Watch
 
 MEAN = STD = (0.5, 0.5, 0.5)  # what views.scaled takes off and divides by
+PATIENCE = 5  # steps in a row without a finite loss, after which a run is lost
 
 
 def views_of(images: Images) -> Views:
@@ -71,7 +72,7 @@ def train(args: argparse.Namespace, processes: Processes, images: Images, traini
     draws = Draws(count, args.batch_size, steps, args.seed, first, args.accumulate, processes.rank, processes.size)
     batches = view_batches(images, draws, views_of(images), args.device, 2, args.workers, args.augment_on)
     progress = Progress(args.out, steps, first, before, args.batch_size, args.device, args.tensorboard, processes.leads)
-    watch, saved, stop = Watch(units, args.device), time.perf_counter(), False
+    watch, saved, stop = Watch(units), time.perf_counter(), False
     with interruptible() as asked, progress:
         while training.step < steps and not stop:
             seen: list[Tensor] = []
@@ -98,7 +99,7 @@ def train(args: argparse.Namespace, processes: Processes, images: Images, traini
                     line["penalty"] = model.penalty.item()
                 progress.record(line)
                 settled = training.step > args.warm_up * (count // args.batch_size)  # at random, a deep net says little
-                for problem in watch.judge(std if settled else [1.0] * units):
+                for problem in watch.judge(std if settled else [None] * units, patience=PATIENCE):
                     progress.warn(f"step {training.step}: {problem}")
 
             due = args.checkpoint_every.due(training.step, time.perf_counter() - saved)

@@ -12,7 +12,7 @@ from locallearn.wrapper import LocalWrapper
 
 if TYPE_CHECKING:
     from locallearn.diagnosis import MemoryReport, memory_report
-    from locallearn.memory import StagePlan, plan_stages
+    from locallearn.memory import StagePlan, plan_stages, stages_of
 
 __version__ = "0.1.0"
 
@@ -35,6 +35,7 @@ __all__ = [
     "memory_report",
     "plan_stages",
     "sequential",
+    "stages_of",
 ]
 
 # What counts needs fake tensors and torch's formulas for FLOPs, which take ten times as long to import as all the rest.
@@ -43,6 +44,7 @@ _LATER = {
     "StagePlan": "locallearn.memory",
     "memory_report": "locallearn.diagnosis",
     "plan_stages": "locallearn.memory",
+    "stages_of": "locallearn.memory",
 }
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from locallearn._fitting.attach import FromOutlet, attach, under_autocast
+from locallearn._fitting.attach import Decoder, FromOutlet, attach, under_autocast
 from locallearn._fitting.batches import View, ViewsChangedError, concatenated, example_batch, rows, spared
 from locallearn._fitting.features import Features, Which
 from locallearn._fitting.objective import Loss, registered, unit_loss, warn_of_fp16
@@ -23,7 +23,6 @@ from locallearn._walk.local_pass import LocalPass
 from locallearn._walk.segment import leaves
 from locallearn._walk.trees import mapped, tensors
 from locallearn._walk.uncompiled import uncompiled
-from locallearn.decoders import ConvMLPDecoder
 from locallearn.distributed import StageReducer, covers_the_world, world_size
 from locallearn.losses import InfoNCE
 from locallearn.plan import Plan
@@ -32,7 +31,6 @@ from locallearn.schedules.actions import Execution
 from locallearn.sharing import Hard, Sharing
 
 Scale: TypeAlias = float | Tensor | None
-Decoder: TypeAlias = Callable[[int], nn.Module] | Sequence[nn.Module]
 
 _SUCH_AS = {"sharing": "UpperOnly()", "plan": "Plan.windows(4, overlap=1)"}
 
@@ -55,7 +53,8 @@ class LocalWrapper(nn.Module):
             by :func:`locallearn.plan_stages`, for the lowest peak of 64 inputs as large as ``example``.
         overlap: how many stages neighbouring units share.
         decoder: ``decoder(width)`` makes a unit's decoder for an outlet of that many channels; or a list of modules, one
-            per unit. See :mod:`locallearn.decoders`.
+            per unit. ``"auto"`` picks by the outlet's shape, see :func:`locallearn.decoders.fitting.fitting`. See
+            :mod:`locallearn.decoders`.
         loss: called as ``loss(*outputs)`` with the decoder's output for each view, or ``loss(*outputs, targets)``;
             returns a scalar. One for all units or a list with one per unit; default ``InfoNCE()``. Modules are registered.
         sharing: ``Hard()`` (default), ``UpperOnly()`` or ``Soft(coefficient)``: the rows of Table 5.
@@ -68,8 +67,9 @@ class LocalWrapper(nn.Module):
             which compares what it computes the second time.
         example: a batch that the backbone takes, to find the outlets' widths with: a view, or a list of views; two 224-pixel
             RGB images by default.
-        channel_axis: the axis of the outlets that holds the channels: 1 or -1. By default their shape tells, see
-            :func:`locallearn._fitting.outlets.channel_axis`. Four-dimensional outlets with channels last reach the decoder with
+        channel_axis: the axis of the outlets that holds the channels: 1 or -1. By default the modules tell that make
+            or read them (convolutions, norms, linear layers), else their shape, see
+            :func:`locallearn._fitting.channels.channel_axis`. Four-dimensional outlets with channels last reach the decoder with
             channels first.
         features: which tensor decoders read where stages return several: an index, a key or attribute, or a callable of
             what a stage returns, which may put several together; by default the first of real numbers.
@@ -103,7 +103,7 @@ class LocalWrapper(nn.Module):
         model: nn.Module,
         stages: Sequence[str] | Sequence[int] | Sequence[nn.Module] | Literal["auto"],
         overlap: int = 1,
-        decoder: Decoder = ConvMLPDecoder,
+        decoder: Decoder = "auto",
         *,
         loss: Loss | Sequence[Loss] | None = None,
         sharing: Sharing | None = None,

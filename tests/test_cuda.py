@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from curves.graphed import GraphedStep
 from oracle import assert_same, gradients, oracle
 from test_devices import LOSSES
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torchvision.models.resnet import BasicBlock
 from zoo import ZOO, conv
 
 from locallearn import LocalWrapper, MLPDecoder, info_nce
+from locallearn.diagnosis import Monitor, gradient_agreement, stage_quality
 from locallearn.testing import assert_local_gradients
 
 pytestmark = [
@@ -134,6 +136,7 @@ def assert_close_together(ours: dict[str, Tensor], expected: dict[str, Tensor], 
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo looks
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method")  # an import of torch's own
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_compiled_blocks(entry: str) -> None:
     torch._dynamo.reset()
@@ -172,6 +175,7 @@ def test_losses_and_their_gradients_are_those_of_the_cpu(name: str, dtype: torch
     torch.testing.assert_close(found[1], found[0], rtol=close, atol=close)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("checkpoint", [False, True])
 @pytest.mark.parametrize("entry", ENTRIES)
 @pytest.mark.parametrize("name", ["resnet18", "vit"])
@@ -180,11 +184,56 @@ def test_a_step_waits_for_the_device_nowhere(name: str, entry: str, checkpoint: 
     step(model, views, entry)  # what is learnt in the first step may wait
     scale = torch.ones((), device="cuda") if entry == "local_step" else None
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")  # warns once it is set
         step(model, views, entry, grad_scale=scale)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", ["resnet18", "shufflenet"])
+def test_a_step_replayed_as_a_cuda_graph_gives_the_same_gradients(name: str) -> None:
+    model, views = wrapped(name)
+    graphed = GraphedStep(model)
+    for k in range(GraphedStep.EAGER + 3):
+        seen = tuple(view.roll(k, dims=-1) for view in views)
+        losses, expected = oracle(model, *seen)
+        model.zero_grad()
+        torch.testing.assert_close(graphed(seen, None), losses)
+        assert_same(gradients(model), expected, tolerance=1e-8)
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_a_monitor_waits_for_the_device_only_when_it_is_read(entry: str) -> None:
+    model, views = wrapped("resnet18", torch.float32)
+    monitor = Monitor(model, every=1)
+    step(model, views, entry)
+    torch.cuda.synchronize()
+    try:
+        torch.cuda.set_sync_debug_mode("error")  # warns once it is set
+        step(model, views, entry)
+        assert monitor.due
+        assert monitor.measured()["spread"].is_cuda
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(monitor.read()) == 4 * len(model.plan.units)
+
+
+def test_features_on_the_device_are_those_on_the_cpu() -> None:
+    model, views = wrapped("resnet18")
+    labels = torch.arange(len(views[0])) % 2
+    found = []
+    for device in ("cuda", "cpu"):
+        model.to(device)
+        found.append(stage_quality(model, [(views[0], labels.cuda())], [(views[1].cpu(), labels)], linear_probe=False))
+    for one, other in zip(*(report.stages for report in found), strict=True):
+        assert one.knn == other.knn
+        assert one.effective_rank == pytest.approx(other.effective_rank, rel=1e-6)
+        assert one.uniformity == pytest.approx(other.uniformity, abs=1e-6)
+    model.cuda()
+    agreement = gradient_agreement(model, *views)
+    assert agreement.stages[-1].whole.cosine == pytest.approx(1)
 
 
 def test_gradients_on_the_device_of_each_stage() -> None:
@@ -221,6 +270,7 @@ def test_infonce_multiplies_half_precision_and_adds_up_in_single(
         assert (found.double() - wanted).norm() < 4 * eps * wanted.norm()
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method")  # an import of torch's own
 @pytest.mark.parametrize("tile", [None, 64], ids=["kept", "tiles"])
 def test_infonce_compiles_with_products_in_half_precision(tile: int | None) -> None:
     torch._dynamo.reset()

@@ -14,7 +14,10 @@ import locallearn
 PACKAGE = Path(locallearn.__file__).parent
 FLOORS = [  # what stands further down may import neither what stands above it nor what stands beside it
     {"__init__", "measure"},
-    {"diagnosis", "pipeline", "testing"},
+    {"__main__"},
+    {"command_line"},
+    {"diagnosis", "pipeline"},
+    {"testing"},
     {"wrapper"},
     {"memory"},
     {"_fitting"},
@@ -23,6 +26,7 @@ FLOORS = [  # what stands further down may import neither what stands above it n
     {"plan", "decoders", "distributed", "models"},
 ]
 INSIDE = {  # likewise within a wing
+    "command_line": [{"program"}, {"checking"}, {"cutting"}, {"parsing", "drawing"}, {"backbones"}, {"errors"}],
     "_walk": [
         {"local_pass"},
         {"cuts", "recompute", "isolation"},
@@ -36,7 +40,12 @@ INSIDE = {  # likewise within a wing
         {"attach", "recomputed"},
         {"chain", "objective", "parallel"},
         {"outlets"},
-        {"quiet", "features", "batches"},
+        {"channels", "quiet", "features", "batches"},
+    ],
+    "diagnosis": [
+        {"gradients", "memory", "monitor", "quality", "similarity"},
+        {"kept", "reading", "taps", "watch"},
+        {"measures", "picture"},
     ],
     "pipeline": [
         {"pipeline"},
@@ -46,7 +55,7 @@ INSIDE = {  # likewise within a wing
         {"share"},
     ],
     "distributed": [{"reducer"}, {"averages"}, {"rows"}],
-    "memory": [{"planning"}, {"predict", "balance"}, {"pieces"}, {"count", "fakes"}],
+    "memory": [{"planning"}, {"predict", "rule", "balance"}, {"pieces", "places"}, {"scaled"}, {"count", "fakes"}],
     "testing": [{"comparison"}, {"reference"}, {"copies"}],
 }
 ALONE = {"decoders": set(), "models": set(), "plan": set(), "distributed": set(), "losses": {"distributed"}}
@@ -99,7 +108,7 @@ def test_imports_within_a_wing_only_point_down(wing: str) -> None:
 
 def test_there_are_few_arrows_between_the_wings() -> None:
     arrows = {(wing, other) for wing in wings() for path in files(wing) for other, *_ in imports(path) if other != wing}
-    assert len(arrows) <= 53
+    assert len(arrows) <= 60
 
 
 @pytest.mark.parametrize("wing", ALONE)
@@ -146,6 +155,7 @@ def test_the_public_names_are_exactly_these() -> None:
         "memory_report",
         "plan_stages",
         "sequential",
+        "stages_of",
     }
     assert all(hasattr(locallearn, name) for name in locallearn.__all__)
 

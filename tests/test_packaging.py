@@ -55,7 +55,9 @@ def test_wheel_holds_the_typed_package_the_licence_and_nothing_else(
     monkeypatch.chdir(ROOT)
     with zipfile.ZipFile(tmp_path / hatchling.build_wheel(str(tmp_path))) as wheel:
         names = set(wheel.namelist())
+        scripts = wheel.read(f"locallearn-{locallearn.__version__}.dist-info/entry_points.txt").decode()
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "locallearn").rglob("*.py")}
     info = f"locallearn-{locallearn.__version__}.dist-info"
-    described = {f"{info}/{name}" for name in ("METADATA", "WHEEL", "RECORD", "licenses/LICENSE")}
+    described = {f"{info}/{name}" for name in ("METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/LICENSE")}
+    assert scripts.split() == ["[console_scripts]", "locallearn", "=", "locallearn.command_line:main"]
     assert names == sources | {"locallearn/py.typed"} | described

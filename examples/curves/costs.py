@@ -13,6 +13,7 @@ import torch
 from inputs.image_sets import Images
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
+from curves.graphed import GraphedStep
 from curves.network import first, new_training, wrapped
 from curves.presets import START, Curve, Job, Setting
 from locallearn.memory import Cost, measure
@@ -20,11 +21,13 @@ from locallearn.memory import Cost, measure
 
 def counted(setting: Setting, row: str, image_size: int, batch_size: int, recompute: bool = False) -> Cost:
     """What a step costs, counted on fake tensors: weights, their gradients and the images do not count."""
-    made, fake = setting.backbone(image_size), FakeTensorMode()
+    made, fake = (
+        wrapped(setting, row, setting.backbone(image_size), image_size, 10, recompute=recompute),
+        FakeTensorMode(),
+    )
     with FakeCopyMode(fake):
-        backbone = deepcopy(made)
+        model = deepcopy(made)
     with fake:
-        model = wrapped(setting, row, backbone, image_size, 10, recompute=recompute)
         for weight in model.parameters():
             weight.grad = torch.zeros_like(weight)
         supervised = setting.task == "supervised"
@@ -47,7 +50,7 @@ def costs(setting: Setting, row: str, image_size: int) -> dict[str, Any]:
 def time_steps(curve: Curve, images: Images, steps: int, on: torch.device) -> list[dict[str, Any]]:
     """What a step takes in each row, the median of `steps`: the rows in turn, so that all see the same moods of the machine.
 
-    On a CPU it is this process's CPU time, which others at work disturb less; on a GPU the clock's.
+    On a CPU it is this process's CPU time, which others at work disturb less; on a GPU the clock's, of a CUDA graph.
     """
     setting = curve.setting
     images = first(images, setting)
@@ -58,11 +61,13 @@ def time_steps(curve: Curve, images: Images, steps: int, on: torch.device) -> li
     views = [torch.rand(setting.batch_size, 3, images.size, images.size, device=on) for _ in range(2 - supervised)]
     views = [pixels.contiguous(memory_format=torch.channels_last) for pixels in views]
     labels = images.train_labels[: setting.batch_size].to(on) if supervised else None
+    local_steps = {row: GraphedStep(training.model) for row, training in trainings.items()}
     took: dict[str, list[float]] = {row: [] for row in trainings}
-    for _ in range(steps + 2):  # the first two are not counted
+    warm_up = GraphedStep.EAGER + 1 if on.type == "cuda" else 2  # not counted
+    for _ in range(steps + warm_up):
         for row, training in trainings.items():
             start = clock(on)
-            training.model.local_step(*views, targets=labels)
+            local_steps[row](views, labels)
             training.update()
             took[row].append(clock(on) - start)
     where = f"{machine(on)}, {torch.get_num_threads()} threads, {platform.machine()}"
@@ -70,7 +75,7 @@ def time_steps(curve: Curve, images: Images, steps: int, on: torch.device) -> li
         {
             "curve": curve.name,
             "row": row,
-            "step_ms": 1e3 * statistics.median(seconds[2:]),
+            "step_ms": 1e3 * statistics.median(seconds[warm_up:]),
             "steps": steps,
             "machine": where,
         }

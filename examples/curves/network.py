@@ -8,12 +8,12 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from inputs.image_sets import DataError, Images
-from pretraining.methods import DECODERS, seeded
+from pretraining.methods import DECODERS, scope, seeded
 from pretraining.optimisers import optimizer, warm_up_and_cosine
 from pretraining.training import Training
 from torch import Tensor, nn
 
-from curves.presets import Job, Setting, plan_of
+from curves.presets import SHARINGS, Job, Setting, plan_of
 from locallearn import InfoNCE, LocalWrapper, Plan
 
 
@@ -39,13 +39,17 @@ def wrapped(
     """The backbone with a row's plan; a decoder of the same kind, and for a width with the same weights, in every row."""
     make, weight = DECODERS[setting.decoder], next(backbone.parameters())
     supervised = setting.task == "supervised"
-    plan = plan_of(row, setting.stages)
+    stages, soft = setting.names, None
+    if row in SHARINGS:
+        stages, plan, soft = scope(backbone, stages, overlap=1, sharing=SHARINGS[row])
+    else:
+        plan = plan_of(row, setting.stages)
     return LocalWrapper(
         backbone,
-        setting.names,
+        stages,
         decoder=alike(partial(make, out_features=classes) if supervised else make, seed, plan),
         loss=[CrossEntropy() for _ in plan.units] if supervised else InfoNCE(setting.temperature, form="nt-xent"),
-        plan=plan,
+        **({"plan": plan} if soft is None else {"sharing": soft, "overlap": 1}),
         checkpoint=recompute,
         example=weight.new_zeros(2, 3, image_size, image_size),
     )

@@ -1,4 +1,4 @@
-"""The curves of overlap_curve.py: what all rows of one share, and the grids that fit two cores, half an hour of a GPU, or days.
+"""The curves of overlap_curve.py: what all rows of one share, and the grids that fit two cores, minutes of a GPU, or days.
 
 No setting was chosen by what came out of it. The pilots have a seed that no curve uses, and are part of the results.
 """
@@ -16,8 +16,10 @@ from locallearn import Plan, UpperOnly
 from locallearn.models import resnet_cifar_stages
 
 # rows beside the overlaps: nothing trained; HPFF's overlaps 0 and 1 together; overlap 1 of which only the upper loss updates
-# a shared stage, as Interlocking Backprop's pairwise mode; deep supervision
-START, BOTH, UPPER, DEEP = "start", "both", "upper", "deep"
+# a shared stage, as Interlocking Backprop's pairwise mode; deep supervision; and of the paper's Table 5 private copies of the
+# shared stage, tied by a penalty, and the first block of each stage alone that is shared
+START, BOTH, UPPER, DEEP, SOFT, FIRST = "start", "both", "upper", "deep", "soft", "first"
+SHARINGS = {SOFT: "soft-1e-3", FIRST: "first-block"}  # by their names in pretraining/methods.py
 PILOT = 100  # the pilots' seed; their curves' names begin with "pilot-"
 
 
@@ -107,6 +109,18 @@ DEEPER = replace(BLOCKS, arch="resnet32", stages=16)  # the stem a stage too
 VIEWS = Setting("contrastive", "presnet_small", stages=6)
 SEEDS = (0, 1, 2)
 
+
+def _tables(setting: Setting, seeds: tuple[int, ...], end: str = "") -> Iterator[Curve]:
+    """What of the paper's Tables 4 and 5 is no row of the curve of `setting`; `end`: of the names.
+
+    "-3": three blocks a stage, without which there is no first block to share.
+    """
+    for decoder, rows in (("conv-no-downsampling", "0"), ("mlp4", "05"), ("conv+mlp4", "1")):
+        yield Curve(f"contrastive-6-{decoder}{end}", replace(setting, decoder=decoder), tuple(rows), seeds)
+    sharing = replace(setting, arch="presnet_small-3", decoder="conv+mlp4")
+    yield Curve(f"contrastive-6-sharing{end}", sharing, ("0", "1", UPPER, SOFT, FIRST), seeds)
+
+
 CPU = (
     Curve("pilot-supervised-9", BLOCKS, _overlaps(0, 1, 8), (PILOT,)),
     Curve("pilot-supervised-9-conv", replace(BLOCKS, decoder="conv"), _overlaps(0, 1, 8), (PILOT,)),
@@ -116,6 +130,7 @@ CPU = (
     Curve("supervised-4", THIRDS, (*_overlaps(0, 3, 1, 2), BOTH), SEEDS),
     Curve("contrastive-6", VIEWS, _overlaps(0, 5, 1, 2, start=True), SEEDS),
     Curve("contrastive-6-conv", replace(VIEWS, decoder="conv"), _overlaps(0, 5, 1, 2), SEEDS),
+    *_tables(VIEWS, SEEDS[:2]),
     Curve("supervised-9", BLOCKS, (UPPER, DEEP), SEEDS),
     Curve("supervised-9-1c2f", replace(BLOCKS, decoder="1c2f"), (*_overlaps(0, 8, 1), BOTH), SEEDS),
     Curve("contrastive-6-grid", replace(VIEWS, decoder="grid"), _overlaps(0, 5, 1), SEEDS),
@@ -155,10 +170,24 @@ GPU = (
     Curve("supervised-16", FULL, (*_overlaps(0, 15, 1, 2, 4, 8, start=True), BOTH), (0, 1, 2, 3, 4)),
     Curve("simclr-8", SIMCLR, (*_overlaps(0, 7, 1, 2, 4, start=True), BOTH), (0, 1, 2, 3, 4)),
 )
+# Half of CIFAR-10 and ten epochs, a thousand steps a run; in an order of value, so that it can end anywhere
+VIEWS_SHORT = replace(VIEWS, images=25_600, epochs=10)
+BLOCKS_SHORT = replace(BLOCKS, images=25_600, epochs=10)
 GPU_SHORT = (
-    Curve(
-        "supervised-16-short", replace(FULL, epochs=20), (*_overlaps(0, 15, 1, 2, 4, 8, start=True), BOTH), SEEDS[:2]
-    ),
-    Curve("simclr-8-short", replace(SIMCLR, epochs=20), _overlaps(0, 7, 1, 2, start=True), SEEDS[:1]),
+    Curve("supervised-9-short", BLOCKS_SHORT, (*_overlaps(0, 8, 1, 2, 4, start=True), BOTH), SEEDS),
+    Curve("contrastive-6-short", VIEWS_SHORT, _overlaps(0, 5, 1, 2, start=True), SEEDS),
+    Curve("contrastive-6-conv-short", replace(VIEWS_SHORT, decoder="conv"), _overlaps(0, 5, 1, 2), SEEDS),
+    *_tables(VIEWS_SHORT, SEEDS[:2], "-short"),
+    Curve("supervised-4-short", replace(BLOCKS_SHORT, stages=4), (*_overlaps(0, 3, 1, 2), BOTH), SEEDS),
+    Curve("supervised-9-conv-short", replace(BLOCKS_SHORT, decoder="conv"), _overlaps(0, 8, 1, 2, 4), SEEDS),
 )
-PRESETS = {"cpu": CPU, "gpu-short": GPU_SHORT, "gpu": GPU}
+IMAGENETTE = (
+    Curve(
+        "imagenette-6",
+        replace(VIEWS, decoder="conv", images=None, held_out=None, epochs=20),
+        _overlaps(0, 5, 1, start=True),
+        SEEDS[:2],
+    ),
+)
+# tables and pictures show them in this order
+PRESETS = {"gpu": GPU, "gpu-short": GPU_SHORT, "imagenette": IMAGENETTE, "cpu": CPU}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 from rich.box import SIMPLE_HEAVY
@@ -12,14 +13,17 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import t
 
-from curves.presets import BOTH, DEEP, PRESETS, START, UPPER
+from curves.presets import BOTH, DEEP, FIRST, PRESETS, SOFT, START, UPPER
 
 GREEDY = "0"
+WIDE = 130  # characters of a terminal that shows every column
 NAMES = {
     START: "random start",
     BOTH: "0 and 1 together",
-    UPPER: "1, upper loss only",
-    DEEP: "all losses reach down",
+    UPPER: "1, upper only",
+    DEEP: "all reach down",
+    SOFT: "1, soft (1e-3)",
+    FIRST: "1, first blocks",
 }
 
 
@@ -117,8 +121,8 @@ def batch_in(budget: int, point: Point) -> int:
     return point.batch_size + int((budget - point.peak) // point.peak_per_image)
 
 
-def cells(rows: Sequence[Point]) -> tuple[list[str], list[list[str]]]:
-    """A curve's table: headings, and a line per row."""
+def cells(rows: Sequence[Point], narrow: bool = False) -> tuple[list[str], list[list[str]]]:
+    """A curve's table: headings, and a line per row; `narrow` leaves out single seeds, FLOPs and the largest batch."""
     seeds = sorted({seed for row in rows for seed in row.accuracies})
     greedy = next((row for row in rows if row.row == GREEDY), None)
     whole = next((row for row in rows if row.end_to_end and row.row != START), None)
@@ -139,6 +143,9 @@ def cells(rows: Sequence[Point]) -> tuple[list[str], list[list[str]]]:
         if timed:
             line.append("" if row.step_ms is None else f"{row.step_ms:.0f}")
         lines.append(line)
+    if narrow:
+        kept = [not (name.startswith("seed ") or name in ("largest batch", "GFLOP")) for name in headings]
+        headings, *lines = ([*compress(line, kept)] for line in (headings, *lines))
     return headings, lines
 
 
@@ -166,10 +173,10 @@ def show(lines: Sequence[dict[str, Any]]) -> None:
     """The same, in the terminal."""
     console = Console()
     for curve, rows in points(lines).items():
-        headings, body = cells(rows)
+        headings, body = cells(rows, narrow=console.width < WIDE)
         table = Table(title=heading(lines, curve), title_justify="left", box=SIMPLE_HEAVY, padding=(0, 1, 0, 0))
         for place, name in enumerate(headings):
-            table.add_column(name.replace(", ", ",\n"), justify="right" if place else "left", no_wrap=place == 0)
+            table.add_column(name.replace(", ", ",\n"), justify="right" if place else "left", no_wrap=True)
         for line in body:
             table.add_row(*line)
         console.print(table)
@@ -178,7 +185,7 @@ def show(lines: Sequence[dict[str, Any]]) -> None:
         f"Linear read-out of the top stage on {' or '.join(map(str, held_out))} held-out images, %; ± standard deviation over "
         "seeds, and half of the 95 % interval of the difference seed by seed. Peak: counted bytes of a step beside weights and "
         "gradients; recomputed: with checkpoint=True, whose accuracy is the same. Largest batch: in the peak of end to end. "
-        "GFLOP and ms: of a step.",
+        "GFLOP and ms: of a step. overlap_curve.md has every column.",
         style="dim",
         highlight=False,
     )

@@ -45,7 +45,6 @@ from inputs.images import DataError
 from instances import InstanceSet
 from options import RESULTS_DEPEND_ON, complete, parser, start
 from precision import average_precision
-from pretraining.collapse import DivergedError
 from pretraining.draws import DROPOUT, Draws, seed_of
 from pretraining.ending import status_of
 from pretraining.interrupt import interruptible
@@ -66,6 +65,8 @@ from reports import print_results, save_json
 from sets import load_part
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from locallearn.diagnosis import DivergedError
 
 WARM_UP_FROM = 1e-3  # of the learning rate, as in mmdetection
 

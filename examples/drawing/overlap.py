@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from curves.presets import BOTH, DEEP, START, UPPER
+from curves.presets import BOTH, DEEP, FIRST, SOFT, START, UPPER
 from curves.results import NAMES, Point, heading, is_pilot, points
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
@@ -15,7 +15,7 @@ from drawing.charts import new_figure
 from drawing.figure_style import FAINT, INK, METHODS, quiet
 
 ACROSS = 2  # panels side by side
-OTHERS = {BOTH: "D", UPPER: "s", DEEP: "^"}  # the marks of what is no single overlap
+OTHERS = {BOTH: "D", UPPER: "s", DEEP: "^", SOFT: "v", FIRST: "P"}  # the marks of what is no single overlap
 
 
 def draw_curves(lines: Sequence[dict[str, Any]], path: Path) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from command_line import Parser
 from inputs.images import DataError
 
-from pretraining.collapse import DivergedError
+from locallearn.diagnosis import DivergedError
 from pretraining.processes import Processes
 
 

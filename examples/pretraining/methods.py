@@ -12,7 +12,6 @@ from inputs.images import DataError
 from torch import nn
 
 from locallearn import ConvMLPDecoder, InfoNCE, LocalWrapper, MLPDecoder, PlainConvDecoder, Plan, Soft, UpperOnly
-from pretraining.collapse import Watched
 
 METHODS = ("simclr", "gim", "loco")
 
@@ -129,7 +128,7 @@ def wrapped(
     temperature: float = 0.1,
     seed: int = 0,
 ) -> LocalWrapper:
-    """The backbone, wrapped for a method; each unit's loss is `Watched`.
+    """The backbone, wrapped for a method.
 
     Raises `DataError` for combinations that do not exist.
     """
@@ -144,7 +143,7 @@ def wrapped(
         raise DataError(
             f"--decoder {decoder} is for units that end with a stage; it does not go with --sharing {sharing}"
         )
-    losses = [Watched(LOSSES[loss](temperature, return_top1=True)) for _ in plan.units]
+    losses = LOSSES[loss](temperature)
     weight = next(backbone.parameters())
     example = torch.zeros(2, 3, image_size, image_size, device=weight.device, dtype=weight.dtype)
     if soft is not None:

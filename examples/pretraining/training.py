@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from locallearn import LocalWrapper
-from pretraining.collapse import Watched
+from locallearn.diagnosis import Monitor
 from pretraining.methods import LABELLED, wrapped
 from pretraining.norms import by_groups
 from pretraining.optimisers import optimizer, warm_up_and_cosine
@@ -26,6 +26,7 @@ class Training:
     """What a step changes, and so what a checkpoint holds."""
 
     model: LocalWrapper
+    monitor: Monitor
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     scaler: torch.amp.GradScaler
@@ -92,7 +93,13 @@ def new_training(args: argparse.Namespace, image_size: int, steps: int) -> Train
     model.to(memory_format=torch.channels_last)
     trained = optimizer(args.optimizer, model, args.lr, args.weight_decay)
     scheduler = warm_up_and_cosine(trained, round(args.warm_up * steps / args.epochs), steps)
-    return Training(model, trained, scheduler, torch.amp.GradScaler(args.device.type, enabled=args.amp == "fp16"))
+    return Training(
+        model,
+        Monitor(model, every=1),
+        trained,
+        scheduler,
+        torch.amp.GradScaler(args.device.type, enabled=args.amp == "fp16"),
+    )
 
 
 def freeze_above(backbone: nn.Module, top: str, image_size: int) -> None:
@@ -133,7 +140,5 @@ def local_gradients(
                 total = parallel(*views, targets=targets, grad_scale=scale)
             (total * (scale / args.accumulate)).backward()
         losses = model.losses
-    watched = [loss for loss in model.loss.modules() if isinstance(loss, Watched)]
-    return torch.stack(
-        [losses, *(torch.stack([getattr(loss, name) for loss in watched]) for name in ("accuracy", "std"))]
-    )
+    seen = training.monitor.measured()
+    return torch.stack([losses, seen["top1"], seen["spread"]])

@@ -14,6 +14,8 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from locallearn.diagnosis.measures import vote
+
 
 @torch.no_grad()
 def features(backbone: nn.Module, images: Tensor, batch_size: int = 512) -> Tensor:
@@ -84,12 +86,7 @@ def knn(
 
     Wu et al. 2018, section 3.4.
     """
-    train, test = F.normalize(train, dim=1), F.normalize(test, dim=1)
-    classes = int(train_labels.max()) + 1
     right = 0
     for batch, labels in zip(test.split(1024), test_labels.split(1024), strict=True):
-        nearness, neighbours = (batch @ train.T).topk(min(k, len(train)), dim=1)  # (B, k)
-        votes = torch.zeros(len(batch), classes, device=batch.device)
-        votes.scatter_add_(1, train_labels[neighbours], (nearness / temperature).exp())
-        right += int((votes.argmax(dim=1) == labels).sum())
+        right += int((vote(batch, train, train_labels, k, temperature) == labels).sum())
     return right / len(test)

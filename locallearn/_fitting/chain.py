@@ -1,20 +1,33 @@
-"""A backbone as a chain: the submodules, in the order in which they run, after which exactly one tensor goes on."""
+"""A backbone as a chain: the submodules, in the order in which they run, after which nothing goes on but what they return."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from typing import Any, NamedTuple, TypeAlias
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.autograd.graph import GradientEdge
+from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.utils.parametrize import ParametrizationList
 
+from locallearn._fitting.channels import Channels
+from locallearn._fitting.features import Features
+from locallearn._fitting.outlets import failure
 from locallearn._fitting.quiet import undisturbed
 from locallearn._walk.segment import cut, version
-from locallearn._walk.trees import called, mapped
+from locallearn._walk.trees import called, mapped, tensors
 from locallearn._walk.undo import attached
 
-Place: TypeAlias = tuple[Any, int]  # a node of the graph, and which of its outputs
+
+class Form(NamedTuple):
+    """A tensor without its numbers."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
 
 
 class Link(NamedTuple):
@@ -23,121 +36,204 @@ class Link(NamedTuple):
     Attributes:
         end: the outermost submodule that returns the link's outlet: the name of a cut.
         block: the largest submodule that ends there and could not be cut inside.
-        follows: whether ``block`` takes the outlet below, and nothing else.
-        shape: of the outlet.
+        follows: whether ``block`` takes the outlet below, one tensor, and nothing else.
+        outlet: the form of what decoders read of it.
+        whole: all that is returned, with forms in place of tensors.
+        forms: those of all tensors in it that have a graph.
+        places: theirs in the graph, which lives as long as a link does.
+        axis: of the channels of ``outlet``, if a module says it.
+        noted: what ``note()`` returned at the end.
     """
 
     end: str
     block: str
     follows: bool
-    shape: torch.Size
+    outlet: Form
+    whole: Any
+    forms: tuple[Form, ...]
+    places: tuple[GradientEdge, ...]
+    axis: int | None
+    noted: Any
 
 
 class _Call(NamedTuple):
     name: str
-    inlet: Tensor | None  # the only argument, if it is one tensor
-    outlet: Tensor
-    place: Place
-    made: int
+    inlet: int | None  # the number of the only argument, if it is one tensor
+    outlet: int  # of what is read
+    read: Form
+    whole: Any
+    forms: tuple[Form, ...]
+    places: tuple[GradientEdge, ...]
+    noted: Any
+    passes: bool  # hands on what it was given, as Dropout does in eval mode
 
 
-def links(backbone: nn.Module, batch: Any) -> list[Link]:
+def links(
+    backbone: nn.Module,
+    batch: Any,
+    note: Callable[[], object] = lambda: None,
+    cuts: Sequence[str] = (),
+    features: Features | None = None,
+    *,
+    disturb: bool = False,
+) -> list[Link]:
     """Runs ``backbone`` once, in eval mode and without a trace, and finds every place where one tensor passes.
 
     Such a place is the end of a submodule's call after which nothing that was made or used before is needed any more, but
     the outlet: no other tensor, and no weight a second time. The graph tells: its nodes are numbered as they are made.
+    Needed is what leads to the outlet of the last call; what comes behind that (a list of maps, an object) is not looked at.
+
+    Args:
+        backbone: where to look.
+        batch: what it takes.
+        note: called at the end of every submodule.
+        cuts: submodules after which links end in any case.
+        features: what decoders read where a submodule returns several tensors. Such places are found too, if it is given.
+        disturb: ``True`` to run it in the modes that it has, and to leave what that changes, as in a copy.
+
+    Raises:
+        ValueError: if the forward fails.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.Sequential(nn.ReLU(), nn.Linear(8, 8)), nn.Linear(8, 2))
         >>> [link.end for link in links(net, torch.zeros(2, 4))]
         ['0', '1.0', '1', '2']
     """
-    scripted = {
-        part for module in backbone.modules() if _scripted(module) for part in module.modules()
-    }  # take no hooks
-    names = {module: name for name, module in backbone.named_modules() if name and module not in scripted}
-    inlets: dict[nn.Module, list[tuple[Tensor | None, int]]] = {}
-    calls: list[_Call] = []
-    passed: list[Tensor] = []  # what a module handed on as it was, as Dropout does in eval mode
-
-    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        alone = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
-        inlets.setdefault(module, []).append((args[0], version(args[0])) if alone else (None, 0))
-
-    def leave(module: nn.Module, args: Any, output: object) -> None:
-        inlet, before = inlets[module].pop()
-        if not isinstance(output, Tensor) or output.grad_fn is None:
-            return
-        if output is inlet and version(output) == before:
-            passed.append(output)
-            return
-        place, made = (output.grad_fn, output.output_nr), output.grad_fn._sequence_nr()
-        calls.append(_Call(names[module], inlet, output, place, made))
-
-    quiet, hooks = undisturbed(backbone), attached(dict.fromkeys(names, enter), dict.fromkeys(names, leave))
-    with quiet, quiet, hooks, hooks, torch.enable_grad():
-        images = mapped(_begun, batch)
-        result = called(backbone, images)
-    return _chain(calls, _Alive(result), images, passed)
+    forward = _Forward(backbone, batch, note, features, disturb=disturb)
+    return forward.chain(forward.calls[-1], cuts) if forward.calls else []
 
 
-def _begun(tensor: Tensor) -> Tensor:
-    """A copy that a graph begins with, and that is no leaf, which may not be changed in place."""
+def longest(backbone: nn.Module, batch: Any, features: Features | None = None) -> list[Link]:
+    """The most links one after another that lead to the outlet of any call: those of a U-Net's encoder, for instance."""
+    forward = _Forward(backbone, batch, lambda: None, features, disturb=False)
+    return max((forward.chain(call) for call in forward.calls), key=len, default=[])
+
+
+class _Forward:
+    """Every call of a submodule that returns tensors with a graph, in the order in which they end; no tensor is kept."""
+
+    def __init__(
+        self, backbone: nn.Module, batch: Any, note: Callable[[], object], features: Features | None, *, disturb: bool
+    ) -> None:
+        apart = {part for module in backbone.modules() if _apart(module) for part in module.modules()}
+        names = {module: name for name, module in backbone.named_modules() if name and module not in apart}
+        inlets: dict[nn.Module, list[tuple[int | None, int]]] = {}
+        self.calls: list[_Call] = []
+        self._dropouts = {name for module, name in names.items() if isinstance(module, _DropoutNd)}
+        self._channels = channels = Channels(backbone)
+
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            alone = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
+            inlets.setdefault(module, []).append((channels.number(args[0]), version(args[0])) if alone else (None, 0))
+
+        def leave(module: nn.Module, args: Any, output: object) -> None:
+            inlet, before = inlets[module].pop()
+            read = _read(output, features)
+            if read is None:
+                return
+            linked = [tensor for tensor in tensors(output) if tensor.grad_fn is not None]
+            places = tuple(GradientEdge(tensor.grad_fn, tensor.output_nr) for tensor in linked)  # type: ignore[arg-type]
+            number = channels.number(read)
+            passes = number == inlet and version(read) == before
+            forms = tuple(map(_form, linked))
+            self.calls.append(
+                _Call(names[module], inlet, number, _form(read), mapped(_form, output), forms, places, note(), passes)
+            )
+
+        hooks, heard = attached(dict.fromkeys(names, enter), dict.fromkeys(names, leave)), channels.heard()
+        quiet = undisturbed(*([] if disturb else [backbone]))
+        with quiet, quiet, heard, heard, hooks, hooks, torch.enable_grad():
+            weights = list(backbone.parameters())
+            trained = bool(weights) and all(weight.requires_grad for weight in weights)
+            begun = mapped(lambda tensor: _begun(tensor, graph=not trained), batch)
+            self._begin = channels.number(begun) if isinstance(begun, Tensor) else -1
+            try:
+                called(backbone, begun)
+            except Exception as error:
+                if disturb:
+                    raise
+                raise ValueError(failure(backbone, (), batch, error)) from error
+
+    def chain(self, last: _Call, cuts: Sequence[str] = ()) -> list[Link]:
+        """The links that lead to the outlet of ``last``."""
+        alive, often = _Alive(last.places), Counter(call.name for call in self.calls)
+        passed = {call.outlet for call in self.calls if call.passes}
+        ending: dict[frozenset[GradientEdge], list[_Call]] = {}
+        for call in sorted(self.calls, key=lambda call: call.passes):
+            key = frozenset(call.places)
+            if often[call.name] == 1 and (not call.passes or (key not in ending and call.name in self._dropouts)):
+                ending.setdefault(key, []).append(call)
+        chain: list[Link] = []
+        below: int | None = self._begin
+        for places, inner_first in sorted(ending.items(), key=lambda item: _made(item[0])):
+            if not alive.alone(places) and not any(call.name in cuts for call in inner_first):
+                continue
+            end = next((call for call in inner_first if call.name in cuts), inner_first[-1])
+            uncut = [call for call in inner_first if not any(link.end.startswith(f"{call.name}.") for link in chain)]
+            block = uncut[-1] if uncut else inner_first[0]
+            follows = block.inlet is not None and block.inlet == below and below not in passed
+            axis = self._channels.axis(end.read.shape, end.outlet)
+            chain.append(
+                Link(end.name, block.name, follows, end.read, end.whole, end.forms, end.places, axis, end.noted)
+            )
+            below = end.outlet if len(places) == 1 else None
+        return chain
+
+
+def _read(output: object, features: Features | None) -> Tensor | None:
+    """The tensor that a decoder reads of ``output``, if there is one, with a graph."""
+    if isinstance(output, Tensor) or features is None:
+        return output if isinstance(output, Tensor) and output.grad_fn is not None else None
+    try:
+        read = features(output)
+    except Exception:  # noqa: BLE001 - most submodules return something else than those at which stages will end
+        return None
+    return read if read.grad_fn is not None else None
+
+
+def _form(tensor: Tensor) -> Form:
+    return Form(tensor.shape, tensor.dtype, tensor.device)
+
+
+def _begun(tensor: Tensor, *, graph: bool) -> Tensor:
+    """A copy that a graph may begin with, and that is no leaf, which may not be changed in place."""
     images = tensor.detach().clone()
-    return cut(images.requires_grad_(), differentiable=True)[1] if images.is_floating_point() else images
+    return cut(images.requires_grad_(), differentiable=True)[1] if graph and images.is_floating_point() else images
 
 
-def _scripted(module: nn.Module) -> bool:
-    return isinstance(module, torch.jit.ScriptModule)
+def _apart(module: nn.Module) -> bool:
+    """Whether it takes no hooks, or computes a weight and nothing of the inputs."""
+    return isinstance(module, torch.jit.ScriptModule | ParametrizationList)
 
 
-def _chain(calls: list[_Call], alive: _Alive, below: Any, passed: list[Tensor]) -> list[Link]:
-    often = {call.name for call in calls if sum(other.name == call.name for other in calls) > 1}
-    ending: dict[Place, list[_Call]] = {}
-    for call in calls:
-        if call.name not in often:
-            ending.setdefault(call.place, []).append(call)
-    chain: list[Link] = []
-    for place, inner_first in sorted(ending.items(), key=lambda item: item[1][0].made):
-        if not alive.alone(place, inner_first[0].made):
-            continue
-        whole = inner_first[-1]
-        uncut = [call for call in inner_first if not any(link.end.startswith(f"{call.name}.") for link in chain)]
-        block = uncut[-1] if uncut else inner_first[0]
-        follows = block.inlet is below and not any(tensor is below for tensor in passed)
-        chain.append(Link(whole.name, block.name, follows, whole.outlet.shape))
-        below = whole.outlet
-    return chain
+def _made(places: Iterable[GradientEdge]) -> int:
+    return max(place.node._sequence_nr() for place in places)
 
 
 class _Alive:
-    """From when until when each tensor of a graph is needed, as numbers of nodes."""
+    """From when until when each tensor that leads to ``ends`` is needed, as numbers of nodes."""
 
-    def __init__(self, result: object) -> None:
-        ends = [t for t in tree_leaves(result) if isinstance(t, Tensor) and t.grad_fn is not None]
-        stack = [end.grad_fn for end in ends]
+    def __init__(self, ends: Sequence[GradientEdge]) -> None:
+        stack = list({end.node: None for end in ends})
         seen = set(stack)
-        self._until: dict[Place, float] = {}
-        since: dict[Place, int] = {}
+        self._until: dict[GradientEdge, float] = dict.fromkeys(ends, float("inf"))
+        since: dict[GradientEdge, int] = {end: _made([end]) for end in ends}
         while stack:
             node = stack.pop()
-            assert node is not None
             now = node._sequence_nr()
             for below, index in node.next_functions:
                 if below is None:
                     continue
-                place, leaf = (below, index), type(below).__name__ == "AccumulateGrad"
+                place, leaf = GradientEdge(below, index), type(below).__name__ == "AccumulateGrad"
                 self._until[place] = max(now, self._until.get(place, now))
                 since[place] = min(now, since.get(place, now)) if leaf else below._sequence_nr()
                 if below not in seen:
                     seen.add(below)
                     stack.append(below)
-        for end in ends:
-            self._until[end.grad_fn, end.output_nr] = float("inf")
-            since[end.grad_fn, end.output_nr] = end.grad_fn._sequence_nr()  # type: ignore[union-attr]
         self._starts, self._stops = sorted(since.values()), sorted(self._until.values())
 
-    def alone(self, place: Place, made: int) -> bool:
-        """Whether, once ``place`` is made, nothing else from before is needed."""
+    def alone(self, places: frozenset[GradientEdge]) -> bool:
+        """Whether, once ``places`` are made, nothing else from before is needed, but some of them."""
+        made = _made(places)
         alive = bisect_right(self._starts, made) - bisect_right(self._stops, made)
-        return alive == 1 and self._until.get(place, made) > made
+        return alive == sum(self._until.get(place, made) > made for place in places) > 0

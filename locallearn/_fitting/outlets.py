@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from locallearn._fitting.batches import rows, told
+from locallearn._fitting.channels import Channels
 from locallearn._fitting.features import Features
 from locallearn._fitting.quiet import undisturbed
 from locallearn._walk.cuts import check_order, checked, hooked, submodules
@@ -28,12 +29,14 @@ class Outlet(NamedTuple):
         module: the stage itself if it is one module that takes the outlet below and nothing else, else ``None``.
         weights: shapes of the stage's weights, of all the backbone's if none of them is trained.
         whole: all that it returned, detached; ``None`` if that is ``features`` itself.
+        axis: of the channels of ``features``, if a module says it.
     """
 
     features: Tensor
     module: nn.Module | None
     weights: tuple[torch.Size, ...] = ()
     whole: Any = None
+    axis: int | None = None
 
 
 def probe(backbone: nn.Module, cuts: tuple[str, ...], batch: Any, features: Features | None = None) -> list[Outlet]:
@@ -49,10 +52,11 @@ def probe(backbone: nn.Module, cuts: tuple[str, ...], batch: Any, features: Feat
     modules = submodules(backbone, cuts)
     isolation = Isolation(backbone, cuts)
     ran: list[int] = []
-    ends: list[tuple[object, list[Tensor]]] = []  # what each stage returned, and its inlets
+    ends: list[tuple[object, list[Tensor], object]] = []  # what each stage returned, its inlets, and what went on
     inlets: list[Tensor] = []
     handed_on: object = batch
     alone: list[bool] = [False] * len(cuts)
+    channels = Channels(backbone)
 
     def on_inlet(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         alone[modules.index(module)] = len(args) == 1 and not kwargs and args[0] is handed_on
@@ -60,28 +64,31 @@ def probe(backbone: nn.Module, cuts: tuple[str, ...], batch: Any, features: Feat
     def on_outlet(stage: int, output: object) -> object:
         nonlocal inlets, handed_on
         ran.append(stage)
-        ends.append((output, inlets))
+        below = inlets
         inlets, handed_on = cut(output, differentiable=True)
+        ends.append((output, below, handed_on))
         isolation.opens(len(ran), inlets)
         return handed_on
 
     quiet, before = undisturbed(backbone), attached(dict.fromkeys(modules, on_inlet), {})
-    after = hooked(modules, on_outlet)
+    after, heard = hooked(modules, on_outlet), channels.heard()
     try:
-        with quiet, quiet, before, before, after, after, torch.enable_grad():
+        with quiet, quiet, heard, heard, before, before, after, after, torch.enable_grad():
             called(backbone, batch)
     except Exception as error:
-        raise ValueError(_failure(backbone, cuts, batch, error)) from error
+        raise ValueError(failure(backbone, cuts, batch, error)) from error
     check_order(cuts, ran, backbone)
     outlets: list[Outlet] = []
-    for stage, (output, begin) in enumerate(ends):
+    which = features or Features()
+    for stage, (output, begin, on) in enumerate(ends):
         segment = Segment(checked(stage, cuts[stage], output), begin)
         isolation.claim_stage(stage, segment.weights, segment.outlets)
-        read = _read(stage, cuts[stage], output, features or Features())
+        read = _read(stage, cuts[stage], output, which)
         check_rows(stage, cuts[stage], read, rows(batch), strict=True)
         weights = tuple(weight.shape for weight in segment.weights or backbone.parameters())
         whole = None if read is output else cut(output, differentiable=False)[1]
-        outlets.append(Outlet(read.detach(), modules[stage] if alone[stage] else None, weights, whole))
+        axis = channels.axis(read.shape, channels.number(read), channels.number(_read(stage, cuts[stage], on, which)))
+        outlets.append(Outlet(read.detach(), modules[stage] if alone[stage] else None, weights, whole, axis))
     return outlets
 
 
@@ -104,8 +111,8 @@ def check_graph(backbone: nn.Module) -> None:
         )
 
 
-def _failure(backbone: nn.Module, cuts: tuple[str, ...], batch: Any, error: Exception) -> str:
-    """What to say of ``error``: whose fault it is shows in a forward without hooks."""
+def failure(backbone: nn.Module, cuts: Sequence[str], batch: Any, error: Exception) -> str:
+    """What to say of ``error`` in a forward with hooks: whose fault it is shows in a forward without hooks."""
     kind, given = type(backbone).__name__, told(batch)
     what = f"{type(error).__name__}: {error}" if str(error) else f"{type(error).__name__} {_where(error)}"
     try:
@@ -116,6 +123,10 @@ def _failure(backbone: nn.Module, cuts: tuple[str, ...], batch: Any, error: Exce
         return (
             f"{kind} does not run on {given} ({what}). If it takes another batch, give that: LocalWrapper(..., example=batch). "
             "If not, it fails without LocalWrapper too: model.eval()(batch)"
+        )
+    if not cuts:
+        return (
+            f"{kind} runs on {given}, but not while hooks watch its submodules ({what}). Name the stages: stages=[...]"
         )
     return (
         f"{kind} does not run on {given} if stages end after {list(cuts)}, though it runs without ({what}). Over a cut passes "
@@ -161,11 +172,7 @@ def check_rows(stage: int, cut: str, outlet: Tensor, rows: int | None, *, strict
             f"stage {stage} ends after {cut!r}, which returned shape {shape}; a decoder reads (batch, channels, ...). End the "
             "stage after a submodule that returns so much"
         )
-    if (
-        rows is None
-        or shape[0] == rows
-        or (shape[0] % rows == 0 and shape[0] > 0 and not (strict and shape[1] == rows))
-    ):
+    if batch_first(shape, rows, strict=strict):
         return
     raise ValueError(
         f"stage {stage} ends after {cut!r}, which returned shape {shape} for a batch of {rows}; the first axis of an outlet is "
@@ -173,45 +180,8 @@ def check_rows(stage: int, cut: str, outlet: Tensor, rows: int | None, *, strict
     )
 
 
-def channel_axis(features: Tensor) -> int:
-    """The axis that holds the channels of a feature map, as its shape tells.
-
-    ======================================  ====  ==================================================
-    shape                                   axis
-    ======================================  ====  ==================================================
-    ``(N, C)``                              1     vectors
-    ``(N, T, C)``                           -1    tokens (a 1-d convolution's ``(N, C, L)`` looks the same)
-    ``(N, S, S, C)`` with ``C != S``        -1    square maps with channels last, as in torchvision's Swin
-    any other                               1     channels first
-    ======================================  ====  ==================================================
-
-    Where the shape misleads, :func:`agreed_axis` finds out.
-
-    Example:
-        >>> channel_axis(torch.zeros(2, 64, 56, 56)), channel_axis(torch.zeros(2, 56, 56, 96))
-        (1, -1)
-    """
-    shape = features.shape
-    if features.ndim == 3 or (features.ndim == 4 and shape[1] == shape[2] != shape[3]):
-        return -1
-    return 1
-
-
-def agreed_axis(features: Tensor, weights: Iterable[torch.Size]) -> int:
-    """The axis that :func:`channel_axis` tells, unless the stage's weights tell another.
-
-    Raises:
-        ValueError: if no weight has the size of that axis, but some weight puts out what the other candidate has.
-    """
-    at = channel_axis(features)
-    shape, other = tuple(features.shape), -1 if at == 1 else 1
-    square = at == 1 and features.ndim > 3 and len(set(shape[2:])) == 1  # maps with channels first, whatever their size
-    sizes = [size for size in weights if len(size)]
-    known = {size[0] for size in sizes} | {size[1] for size in sizes if len(size) > 1}
-    if features.ndim > 2 and not square and shape[at] not in known and shape[other] in {size[0] for size in sizes}:
-        raise ValueError(
-            f"which axis of an outlet of shape {shape} holds the channels? Its shape tells axis {at}, of size {shape[at]}, but "
-            f"the stage's weights have size {shape[other]}, that of axis {other}. Say channel_axis={other} (or {at}): "
-            f"LocalWrapper(..., channel_axis={other})"
-        )
-    return at
+def batch_first(shape: Sequence[int], rows: int | None, *, strict: bool = True) -> bool:
+    """Whether an outlet of that shape has channels, and the batch in front, or a batch with an axis folded into it."""
+    if len(shape) < 2 or rows is None or shape[0] == rows:
+        return len(shape) > 1
+    return shape[0] % rows == 0 and shape[0] > 0 and not (strict and shape[1] == rows)

@@ -42,6 +42,8 @@ def undisturbed(*modules: nn.Module) -> Reverted[None]:
     def put_back() -> None:
         attributes = _built(parts) == built
         for part in kept:
+            part.put_mode_back()
+        for part in kept:
             part.put_back(attributes=attributes)
         torch.set_rng_state(random)
         for gpu, state in on_gpus.items():
@@ -74,6 +76,11 @@ class _Part:
                     and (held is part._buffers or frozen or tensor.requires_grad)
                 ):
                     self._registered.append((held, name, tensor, version(tensor), tensor.detach().clone()))
+
+    def put_mode_back(self) -> None:
+        """By ``train``, where a module may drop what it keeps for evaluation only."""
+        if self._part.training != self._mode:
+            self._part.train(self._mode)
 
     def put_back(self, *, attributes: bool) -> None:
         if attributes:

@@ -18,7 +18,9 @@ Choice: TypeAlias = bool | type[nn.Module] | Callable[[nn.Module], bool]
 Policy: TypeAlias = Choice | tuple[Choice, ...]
 
 
-def runs(backbone: nn.Module, cuts: Sequence[str], policy: Policy, batch: Any) -> dict[Run, Learnt]:
+def runs(
+    backbone: nn.Module, cuts: Sequence[str], policy: Policy, batch: Any, chain: Sequence[Link] | None = None
+) -> dict[Run, Learnt]:
     """What is recomputed together, each run inside of one stage, outer ones first; nothing is known of them yet.
 
     Args:
@@ -27,6 +29,7 @@ def runs(backbone: nn.Module, cuts: Sequence[str], policy: Policy, batch: Any) -
         policy: ``False`` for nothing; ``True`` for every block, and every run of simple layers between two of them; a class,
             or ``module -> bool``, for every submodule that is of it, or for which it is true; a tuple for all of them.
         batch: what ``backbone`` takes.
+        chain: the links of ``backbone``, if they are known.
 
     Raises:
         TypeError: for another policy.
@@ -35,7 +38,7 @@ def runs(backbone: nn.Module, cuts: Sequence[str], policy: Policy, batch: Any) -
     found: dict[Run, None] = {}
     for choice in policy if isinstance(policy, tuple) else (policy,):
         if isinstance(choice, bool):
-            chosen = natural(backbone, cuts, links(backbone, batch)) if choice else []
+            chosen = natural(backbone, cuts, chain or links(backbone, batch)) if choice else []
         elif callable(choice):
             wanted = partial(_is_a, choice) if isinstance(choice, type) else choice
             chosen = [(name,) for name, module in backbone.named_modules() if name and wanted(module)]

@@ -20,7 +20,11 @@ class Accumulator(Protocol):
     """Runs a backward from ``roots``, a scalar or tensors at which the gradients are ``gradients``, into ``weights``."""
 
     def push(
-        self, roots: Roots, weights: Sequence[Tensor], inlets: Sequence[Tensor], gradients: Flow | None = None
+        self,
+        roots: Roots,
+        weights: Sequence[Tensor],
+        inlets: Sequence[Tensor],
+        gradients: Sequence[Tensor] | None = None,
     ) -> Flow:
         """Adds to the gradients of ``weights``, and returns those at ``inlets`` in a list.
 
@@ -32,7 +36,11 @@ class Accumulate:
     """Adds to ``.grad``, with all hooks, exactly as ``loss.backward()`` would."""
 
     def push(
-        self, roots: Roots, weights: Sequence[Tensor], inlets: Sequence[Tensor], gradients: Flow | None = None
+        self,
+        roots: Roots,
+        weights: Sequence[Tensor],
+        inlets: Sequence[Tensor],
+        gradients: Sequence[Tensor] | None = None,
     ) -> Flow:
         if inputs := [*weights, *inlets]:
             torch.autograd.backward(roots, gradients, inputs=inputs)
@@ -50,7 +58,7 @@ class Reduce(Accumulate):
 
     @override
     def push(
-        self, roots: Roots, weights: Sequence[Tensor], inlets: Sequence[Tensor], gradients: Flow | None = None
+        self, roots: Roots, weights: Sequence[Tensor], inlets: Sequence[Tensor], gradients: Sequence[Tensor] | None = None
     ) -> Flow:
         at_inlets = super().push(roots, weights, inlets, gradients)
         self._reduction.final(weights)
@@ -64,7 +72,11 @@ class Collect:
         self._gradients: dict[Tensor, Tensor] = {}
 
     def push(
-        self, roots: Roots, weights: Sequence[Tensor], inlets: Sequence[Tensor], gradients: Flow | None = None
+        self,
+        roots: Roots,
+        weights: Sequence[Tensor],
+        inlets: Sequence[Tensor],
+        gradients: Sequence[Tensor] | None = None,
     ) -> Flow:
         if not (inputs := [*weights, *inlets]):
             return []

@@ -153,18 +153,18 @@ class Segment:
         """Forgets the outlet, and with it the graph."""
         del self.outlet, self.outlets
 
-    def start(self, box: Flow) -> tuple[Sequence[Tensor], Flow | None]:
+    def start(self, box: Flow) -> tuple[Sequence[Tensor], list[Tensor] | None]:
         """From what a backward through the stage starts, for torch.autograd: its outlets, and the gradients in ``box``.
 
         If those are large it is a scalar, which takes them out of the box.
         """
-        roots = self.outlets
-        if len(box) > 1:  # some of them may be None
+        roots, gradients = self.outlets, [gradient for gradient in box if gradient is not None]
+        if len(gradients) < len(box):
             roots = [outlet for outlet, gradient in zip(roots, box, strict=True) if gradient is not None]
-            box[:] = [gradient for gradient in box if gradient is not None]
-        if sum([gradient.nbytes for gradient in box]) > SMALL:
+        if sum(gradient.nbytes for gradient in gradients) > SMALL:
+            box[:] = gradients
+            del gradients
             return (_Seed.apply(box, *roots),), None
-        gradients = [*box]
         box.clear()
         return roots, gradients
 

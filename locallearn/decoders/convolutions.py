@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch.nn.functional as F
 from einops import reduce
 from torch import Tensor, nn
 
@@ -16,7 +17,8 @@ class ConvMLPDecoder(nn.Module):
     The default is the paper's: one bottleneck block with stride 2, pooling, and a 2-layer MLP to 128 dimensions. The paper
     gives no widths; here they are ``c -> c/4 -> c`` and ``c -> c -> 128``.
 
-    Shapes: ``(N, channels, H, W) -> (N, out_features)``.
+    Shapes: ``(N, channels, H, W) -> (N, out_features)``; with ``dims=1`` ``(N, channels, L)``, with ``dims=3`` ``(N, channels,
+    D, H, W)``.
 
     Args:
         channels: width of the outlet.
@@ -27,6 +29,7 @@ class ConvMLPDecoder(nn.Module):
         hidden: width of the MLP's hidden layers; that of the last block by default.
         out_features: dimensions of the vectors.
         depth: linear layers of the MLP.
+        dims: spatial axes of the outlet: 1, 2 or 3.
 
     Example:
         >>> import torch
@@ -45,29 +48,31 @@ class ConvMLPDecoder(nn.Module):
         hidden: int | None = None,
         out_features: int = 128,
         depth: int = 2,
+        dims: int = 2,
     ) -> None:
         super().__init__()
+        if dims not in _AXES:
+            raise ValueError(f"maps have 1, 2 or 3 spatial axes; got dims={dims}")
         depths = [blocks] if isinstance(blocks, int) else list(blocks)
         wide = [widths or channels] * len(depths) if widths is None or isinstance(widths, int) else list(widths)
         if len(wide) != len(depths):
             raise ValueError(f"widths has one number per stage of blocks; got widths={widths} for blocks={blocks}")
-        self.channels = channels
+        self.channels, self.dims = channels, dims
         layers: list[nn.Module] = []
         before = channels
         for count, width in zip(depths, wide, strict=True):
             for number in range(count):
-                layers.append(
-                    _Bottleneck(before, bottleneck or max(1, width // 4), width, stride if number == 0 else 1)
-                )
+                narrow = bottleneck or max(1, width // 4)
+                layers.append(_Bottleneck(before, narrow, width, stride if number == 0 else 1, dims))
                 before = width
         self.blocks = nn.Sequential(*layers)
         self.mlp = mlp(before, hidden, out_features, depth)
 
     def forward(self, features: Tensor) -> Tensor:
-        fits = features.ndim == 4 and features.shape[1] == self.channels
-        check(self, features, f"(N, {self.channels}, H, W)", fits)
+        fits = features.ndim == self.dims + 2 and features.shape[1] == self.channels
+        check(self, features, f"(N, {self.channels}, {_AXES[self.dims]})", fits)
         maps = self.blocks(features)  # (N, C, H/stride, W/stride)
-        result: Tensor = self.mlp(reduce(maps, "n c h w -> n c", "mean"))
+        result: Tensor = self.mlp(reduce(maps, "n c ... -> n c", "mean"))
         return result
 
 
@@ -132,18 +137,17 @@ class _Bottleneck(nn.Module):
     the outlet instead of two, the peak of Greedy InfoMax, which lies here in the lowest unit, falls by two such gradients.
     """
 
-    def __init__(self, before: int, width: int, after: int, stride: int) -> None:
+    def __init__(self, before: int, width: int, after: int, stride: int, dims: int) -> None:
         super().__init__()
-        pool = nn.AvgPool2d(stride, ceil_mode=True, count_include_pad=False)  # a 1x1 map stays one
-        self.pool = nn.Identity() if stride == 1 else pool
+        self.pool = _pool(stride, dims)
         self.branch = nn.Sequential(
-            *_conv(before, width, 1),
+            *_conv(before, width, 1, dims=dims),
             nn.ReLU(inplace=True),
-            *_conv(width, width, 3),
+            *_conv(width, width, 3, dims=dims),
             nn.ReLU(inplace=True),
-            *_conv(width, after, 1),
+            *_conv(width, after, 1, dims=dims),
         )
-        self.shortcut = nn.Identity() if before == after else nn.Sequential(*_conv(before, after, 1))
+        self.shortcut = nn.Identity() if before == after else nn.Sequential(*_conv(before, after, 1, dims=dims))
 
     def forward(self, maps: Tensor) -> Tensor:
         maps = self.pool(maps)
@@ -151,5 +155,31 @@ class _Bottleneck(nn.Module):
         return total.relu_()
 
 
-def _conv(before: int, after: int, kernel: int, stride: int = 1) -> tuple[nn.Module, nn.Module]:
-    return nn.Conv2d(before, after, kernel, stride, padding=kernel // 2, bias=False), nn.BatchNorm2d(after)
+class _AvgPool3d(nn.Module):
+    """Unlike torch's it takes an axis that is shorter than the kernel, such as a single frame."""
+
+    def __init__(self, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+
+    def forward(self, maps: Tensor) -> Tensor:
+        kernel = [min(self.stride, size) for size in maps.shape[2:]]
+        return F.avg_pool3d(maps, kernel, ceil_mode=True, count_include_pad=False)
+
+
+def _pool(stride: int, dims: int) -> nn.Module:
+    """Average pooling, after which a map of a single position still has one."""
+    if stride == 1:
+        return nn.Identity()
+    if dims == 3:
+        return _AvgPool3d(stride)
+    return (nn.AvgPool1d, nn.AvgPool2d)[dims - 1](stride, ceil_mode=True, count_include_pad=False)
+
+
+def _conv(before: int, after: int, kernel: int, stride: int = 1, dims: int = 2) -> tuple[nn.Module, nn.Module]:
+    conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
+    norm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[dims - 1]
+    return conv(before, after, kernel, stride, padding=kernel // 2, bias=False), norm(after)
+
+
+_AXES = {1: "L", 2: "H, W", 3: "D, H, W"}

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
+from itertools import pairwise
 from os import PathLike
 from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
+from locallearn._fitting.attach import FromOutlet
 from locallearn._fitting.batches import View, concatenated, plain_views
-from locallearn._fitting.chain import Link
 from locallearn._walk.trees import mapped, tensors
+from locallearn.diagnosis.picture import panels
 from locallearn.memory.count import Flops, LiveBytes
-from locallearn.memory.fakes import analysed
-from locallearn.memory.pieces import weigh
+from locallearn.memory.fakes import Fakes, analysed
+from locallearn.memory.pieces import Piece, Sample
+from locallearn.memory.places import places
 from locallearn.memory.predict import predict
 from locallearn.plan import Plan, Unit
 from locallearn.schedules import Train
@@ -76,14 +77,7 @@ class MemoryReport:
         Raises:
             ModuleNotFoundError: without matplotlib.
         """
-        try:
-            from matplotlib.figure import Figure  # noqa: PLC0415 - only who wants a picture needs it
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                "MemoryReport.save draws with matplotlib, which is not installed: pip install matplotlib"
-            ) from error
-        figure = Figure(figsize=(9, 4), layout="constrained")
-        axes = figure.subplots()
+        figure, (axes,) = panels("MemoryReport.save", "What is alive during a step?")
         for name, timeline, colour in (("end-to-end", self.end_to_end, "0.6"), ("local", self.local, "C0")):
             over, live = [f / 1e9 for f in timeline.flops], [size / 1e6 for size in timeline.live]
             peak = max(live)
@@ -109,22 +103,30 @@ def memory_report(model: LocalWrapper, *views: View, targets: Any = None) -> Mem
         views: as for ``local_step``.
         targets: as for ``local_step``.
 
+    Raises:
+        RuntimeError: if the copy does not run without numbers, where a number decides (a mixture of experts).
+
     Example:
         >>> net = nn.Sequential(*[nn.Conv2d(3 if k == 0 else 8, 8, 3, padding=1) for k in range(3)])
         >>> report = memory_report(LocalWrapper(net, [0, 1, 2]), *torch.rand(2, 4, 3, 16, 16))
         >>> [name for name in report.names]
         ['forward to stage 1', 'unit 0, forward to stage 2', 'unit 1']
     """
-    with analysed(model) as mode:
-        return _reported(model, views, targets, mode)
+    with analysed(model) as fakes:
+        try:
+            return _reported(model, views, targets, fakes)
+        except RuntimeError as error:  # a number decides, for instance, and there is none
+            raise RuntimeError(
+                f"a copy of {type(model.backbone).__name__} does not run without numbers ({type(error).__name__}: {error}). If "
+                "model.local_step(*views) does, count that: locallearn.memory.measure(lambda: model.local_step(*views))"
+            ) from error
 
 
-def _reported(model: LocalWrapper, views: Sequence[View], targets: Any, mode: FakeTensorMode) -> MemoryReport:
-    with FakeCopyMode(mode):
-        copied, again, whole = (deepcopy(model) for _ in range(3))
-        pair, aims = deepcopy([mapped(torch.detach, view) for view in plain_views(views)]), deepcopy(targets)
+def _reported(model: LocalWrapper, views: Sequence[View], targets: Any, fakes: Fakes) -> MemoryReport:
+    copied, again, whole = (fakes.copy(model) for _ in range(3))
+    pair, aims = fakes.copy([mapped(torch.detach, view) for view in plain_views(views)]), fakes.copy(targets)
     _unite(whole)
-    with mode:
+    with fakes:
         actions = model._execution.actions
         batch = concatenated(pair, copy=model._changes_views)
         copied_views = sum(
@@ -157,14 +159,23 @@ def _unite(model: LocalWrapper) -> None:
         model.loss = model.loss[-1]
 
 
-def _weighed(model: LocalWrapper, batch: Any) -> list[list[Any]]:
-    """Every stage as one piece, with what the units' decoders on it take."""
-    ends = [Link(name, name, False, torch.Size()) for name in model.stages]
-    attached: dict[int, list[nn.Module]] = {}
-    for unit, decoder in zip(model.plan.units, model.decoders, strict=True):
-        attached.setdefault(unit.last, []).append(decoder)
-    pieces = weigh(model.backbone, batch, ends, None, None, model._runs, model.features, attached)
-    return [[piece] for piece in pieces]
+def _weighed(model: LocalWrapper, batch: Any) -> list[list[Piece]]:
+    """The pieces of every stage, the last of them with what the units' decoders on it take."""
+    sample = Sample(model.backbone, batch, model.stages, model.features, disturb=True)
+    found = list(model._runs)
+    between = places(model.backbone, sample.chain, sample.rows, found)
+    ends = [link for link in sample.chain if link in between or link.end in model.stages]
+    at = {link.end: number for number, link in enumerate(ends)}
+    pieces = sample.pieces(ends, found)[1]
+    for k, unit in enumerate(model.plan.units):
+        number = at[model.stages[unit.last]]
+        end, decoder = ends[number], model.decoders[k]
+        given = sample.whole(end) if isinstance(decoder, FromOutlet) else sample.like(end.outlet)
+        takes, spent = sample.train(decoder, given)
+        if takes > pieces[number].train:
+            pieces[number] = pieces[number]._replace(train=takes, decoder_flops=spent)
+    bounds = [0, *(at[stage] + 1 for stage in model.stages)]
+    return [pieces[a:b] for a, b in pairwise(bounds)]
 
 
 class _Followed(LiveBytes):

@@ -2,5 +2,6 @@
 
 from locallearn.memory.count import Cost, measure
 from locallearn.memory.planning import StagePlan, plan_stages
+from locallearn.memory.rule import stages_of
 
-__all__ = ["Cost", "StagePlan", "measure", "plan_stages"]
+__all__ = ["Cost", "StagePlan", "measure", "plan_stages", "stages_of"]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 from weakref import finalize
 
 import torch
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import conv_flop_count, flop_registry
@@ -90,24 +90,39 @@ class LiveBytes(TorchDispatchMode):
         self._sizes: Any = WeakIdKeyDictionary()  # storages made before the mode was entered count as 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for tensor in tree_leaves((args, kwargs)):
-            if isinstance(tensor, Tensor):
-                self._sizes.setdefault(tensor.untyped_storage(), 0)
+        given = [tensor for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)]
+        for tensor in given:
+            for storage in storages(tensor):
+                self._sizes.setdefault(storage, 0)
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in self._sizes:
-                self._sizes[storage] = storage.nbytes()
-                self._add(storage.nbytes())
-                finalize(storage, self._add, -storage.nbytes())
+            if isinstance(tensor, Tensor):
+                for storage in storages(tensor):
+                    if storage not in self._sizes:
+                        size = self._sizes[storage] = self._bytes(tensor, storage, given)
+                        self._add(size)
+                        finalize(storage, self._add, -size)
         return result
+
+    def _bytes(self, made: Tensor, storage: UntypedStorage, given: Sequence[Tensor]) -> int:
+        """How many bytes ``storage`` counts for, which an operator made of ``given``."""
+        return storage.nbytes()
 
     def size(self, tensor: Tensor) -> int:
         """The bytes behind ``tensor``, if an operator made them."""
-        size: int = self._sizes.get(tensor.untyped_storage(), 0)
-        return size
+        return sum(self._sizes.get(storage, 0) for storage in storages(tensor))
 
     def _add(self, size: int) -> None:
         self.history.append(self.history[-1] + size)
+
+
+def storages(tensor: Tensor) -> list[UntypedStorage]:
+    """What lies behind ``tensor``; behind a sparse one, as an embedding's gradient may be, that of its parts."""
+    if tensor.layout is torch.strided:
+        return [tensor.untyped_storage()]
+    if tensor.layout is torch.sparse_coo:
+        return [tensor._indices().untyped_storage(), tensor._values().untyped_storage()]
+    return []
 
 
 class _SavedBytes:
@@ -119,13 +134,13 @@ class _SavedBytes:
         self._holders: Any = WeakIdKeyDictionary()  # storage -> how many saved tensors share it
 
     def pack(self, tensor: Tensor, size: int) -> _Holder:
-        storage = tensor.untyped_storage()
-        if not self._holders.get(storage, 0):
-            self._now += size
-            self.peak = max(self.peak, self._now)
-        self._holders[storage] = self._holders.get(storage, 0) + 1
         holder = _Holder(tensor)
-        finalize(holder, self._release, storage, size)
+        for storage in storages(tensor)[-1:]:
+            if not self._holders.get(storage, 0):
+                self._now += size
+                self.peak = max(self.peak, self._now)
+            self._holders[storage] = self._holders.get(storage, 0) + 1
+            finalize(holder, self._release, storage, size)
         return holder
 
     def unpack(self, holder: _Holder) -> Tensor:

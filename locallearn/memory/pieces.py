@@ -1,29 +1,28 @@
-"""What each piece of a backbone costs by itself, counted under fake tensors: what predictions are made of."""
+"""What each piece of a backbone costs by itself, counted in one forward of two inputs: what predictions are made of."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from math import inf
-from types import MappingProxyType
+from collections.abc import Collection, Sequence
+from itertools import pairwise
+from math import inf, prod
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
-from locallearn._fitting.attach import FromOutlet, attach
-from locallearn._fitting.chain import Link, links
+from locallearn._fitting.attach import Decoder, attach
+from locallearn._fitting.batches import rows
+from locallearn._fitting.chain import Form, Link, links
 from locallearn._fitting.features import Features
-from locallearn._fitting.outlets import Outlet, agreed_axis
-from locallearn._fitting.recomputed import Policy, natural, runs
-from locallearn._walk.cuts import hooked
+from locallearn._fitting.outlets import Outlet
 from locallearn._walk.gradients import Accumulate
-from locallearn._walk.recompute import Run, recomputed
-from locallearn._walk.replay import Learnt
-from locallearn._walk.segment import Flow, Segment, cut
-from locallearn._walk.trees import called, mapped, tensors
-from locallearn.memory.count import Flops, LiveBytes
+from locallearn._walk.recompute import Run
+from locallearn._walk.segment import cut
+from locallearn._walk.trees import mapped, tensors
+from locallearn._walk.undo import attached
+from locallearn.memory.count import Flops, storages
+from locallearn.memory.scaled import ScaledBytes
 from locallearn.plan import Plan, Unit
 from locallearn.sharing import Hard
 
@@ -37,6 +36,7 @@ class Piece(NamedTuple):
         flops: of its forward.
         outlet: size of its outlet.
         kept: what its graph keeps alive after the forward, the outlet included and the inlet not.
+        held: what the backbone's own variables keep alive beside that, until its forward goes on.
         forward: the most that is alive during its forward, beside what was before.
         pull: likewise during a backward to the inlet only, which retains the graph; with the gradient that comes in.
         push: likewise during the last backward, to weights and inlet.
@@ -51,6 +51,7 @@ class Piece(NamedTuple):
     flops: int
     outlet: int
     kept: int
+    held: int
     forward: int
     pull: int
     push: int
@@ -59,168 +60,226 @@ class Piece(NamedTuple):
     weights: int
 
 
-def places(model: nn.Module, batch: Any, checkpoint: Policy) -> list[Link]:
-    """Where a stage of ``model`` may end: after a block or a run of simple layers, up to the last map of features.
+class _Mark(NamedTuple):
+    at: int  # in the history of live bytes
+    flops: int
 
-    What follows that map (pooling, a classifier) is left out, as is a place inside of what ``checkpoint`` recomputes.
+
+class Sample:
+    """One forward of two inputs, in eval mode and without a trace, whose graph is kept as long as this object.
+
+    Sizes and FLOPs are those of as many inputs as ``batch`` has.
+
+    Args:
+        model: the backbone.
+        batch: what it is to be weighed for.
+        cuts: submodules after which links end in any case.
+        features: what decoders read where a submodule returns several tensors.
+        disturb: ``True`` to run it in the modes that it has, and to leave what that changes, as in a copy. In eval mode what only
+            training makes (masks of dropout) does not count.
+
+    Attributes:
+        inputs: the two; all that there are, where the batch axis cannot be told, as in a graph with its edges.
+        rows: how many, or ``None``.
+        chain: what lies between places at which ``model`` can be cut.
+        misfits: why a decoder does not fit outlets of a shape.
     """
-    chain = links(model, batch)
-    whole = [run[0] for run in runs(model, (), checkpoint, batch)]
-    together = {run[-1]: run for run in natural(model, (), chain)}
-    inside = {name for run in together.values() for name in run[:-1]}
-    cuttable = [link for link in chain if not any(link.end.startswith(f"{outer}.") for outer in whole)]
-    maps = [link for link in cuttable if len(link.shape) > 2 and _positions(link.shape) > 1]
-    if not maps:
-        return [link for link in cuttable if link.block not in inside]
-    _check_head(model, maps[-1], chain, batch)
-    body = cuttable[: cuttable.index(maps[-1])]
-    return [*(link for link in body if link.block not in inside), maps[-1]]  # a run may go on with the pooling
 
+    def __init__(
+        self,
+        model: nn.Module,
+        batch: Any,
+        cuts: Sequence[str] = (),
+        features: Features | None = None,
+        *,
+        disturb: bool = False,
+    ) -> None:
+        length = rows(batch)
+        self.inputs = batch if length is None else mapped(lambda tensor: _two(tensor, length), batch)
+        self.rows = rows(self.inputs)
+        varying = [
+            tensor for tensor in tensors(self.inputs) if self.rows is None or (tensor.ndim and len(tensor) == self.rows)
+        ]
+        self._first = varying[0]
+        self._live, self._counter = ScaledBytes(varying, (length or 1) / (self.rows or 1)), Flops()
+        self.misfits: dict[torch.Size, str] = {}
+        marks: list[_Mark] = []  # where the backbone's forward begins and ends
 
-def _check_head(model: nn.Module, last: Link, chain: Sequence[Link], batch: Any) -> None:
-    """Checks that what follows the last map is a head: pooling and what comes after it, or vectors.
+        def mark(*_: object) -> None:
+            marks.append(self._mark())
 
-    A layer with weights that makes the map a single position, in place of a pooling, is a part of the backbone, as is what
-    follows it: the inputs are too small.
-    """
-    lost: list[Link] = []
-    for link in chain[chain.index(last) + 1 :]:
-        if len(link.shape) <= 2 or not (lost or _trained(model, link)):
-            break
-        if _trained(model, link):
-            lost.append(link)
-    if lost:
-        inputs = ", ".join(str(tuple(tensor.shape[1:])) for tensor in tensors(batch))
-        raise ValueError(
-            f"stages are looked for up to the last map of features, which is that of {last.end!r} for inputs of shape "
-            f"{inputs}: {tuple(last.shape[1:])}. What follows would not be trained: "
-            f"{[link.end for link in lost]}, {sum(_trained(model, link) for link in lost):,} weights. Give larger inputs "
-            f"(example=), or name the stages yourself: stages=[..., {lost[-1].end!r}]"
+        around = attached({model: mark}, {model: mark})
+        with around, around, self._counter, self._live:
+            self.chain = links(model, self.inputs, self._mark, cuts, features or Features(), disturb=disturb)
+        self._shapes = tuple(weight.shape for weight in model.parameters())
+        self._start, self._end = marks[0], marks[-1]
+        self._backwards: dict[object, tuple[int, int]] = {}  # of pieces that are alike
+        self._decoders: dict[object, tuple[float, int]] = {}
+
+    def _mark(self) -> _Mark:
+        return _Mark(len(self._live.history) - 1, self._counter.total)
+
+    def pieces(self, ends: Sequence[Link], runs: Collection[Run]) -> tuple[list[Piece], list[Piece]]:
+        """What lies between ``ends``, as it is and with ``runs`` recomputed; without decoders, whose fields are 0."""
+        plain, lean = list[Piece](), list[Piece]()
+        below: Link | None = None
+        for link in ends:
+            piece = self._piece(link, below, frozen=not any(known.weights for known in plain))
+            within = self.chain[0 if below is None else self.chain.index(below) + 1 : self.chain.index(link) + 1]
+            again = _recomputed(within, runs) and piece.kept > piece.outlet
+            plain.append(piece)
+            lean.append(self._recomputed(piece, link, below) if again else piece)
+            below = link
+        return plain, lean
+
+    def _piece(self, link: Link, below: Link | None, *, frozen: bool) -> Piece:
+        """``frozen``: whether nothing is trained below."""
+        history, weights = self._history(link, below), trained_below(link, below)
+        outlet, shape = sum(map(self._size, link.forms)), self._shape(link.outlet)
+        flops = link.noted.flops - (self._start if below is None else below.noted).flops
+        spent, forward = int(flops * self._live.factor), max(history) - history[0]
+        held = self._live.history[link.noted.at] - history[-1]
+        trained = sum(weight.numel() for weight in weights)
+        if frozen and not weights:  # there is no graph
+            return Piece(link.end, shape, spent, outlet, outlet, held, forward, outlet, outlet, 0.0, 0, 0)
+        kept = history[-1] - history[0]
+        alike = (shape, spent, kept, forward, tuple(weight.shape for weight in weights), below and below.forms)
+        if alike not in self._backwards:
+            self._backwards[alike] = self._backward(link, below, weights)
+        pull, push = (kept + more for more in self._backwards[alike])
+        return Piece(link.end, shape, spent, outlet, kept, held, forward, pull, push, 0.0, 0, trained)
+
+    def _recomputed(self, piece: Piece, link: Link, below: Link | None) -> Piece:
+        """Keeps its outlet; a backward makes its graph again, and the outlet if that is saved, and frees it on the way."""
+        largest = max(after - before for before, after in pairwise(self._history(link, below)))
+        backward = piece.push + (
+            piece.outlet if any(hasattr(type(place.node), "_saved_result") for place in link.places) else 0
+        )
+        forward = min(piece.forward, piece.outlet + 2 * largest)  # without a graph
+        return piece._replace(kept=piece.outlet, pull=backward, push=backward, forward=forward)
+
+    def _history(self, link: Link, below: Link | None) -> list[int]:
+        begin = self._start if below is None else below.noted
+        return self._live.history[self._settled(begin) : self._settled(link.noted) + 1]
+
+    def _settled(self, mark: _Mark) -> int:
+        """When what the call that has ended kept alive is freed."""
+        at, history = mark.at, self._live.history
+        while at < self._end.at and history[at + 1] < history[at]:
+            at += 1
+        return at
+
+    def decoded(self, piece: Piece, link: Link, decoder: Decoder, axis: int | None) -> Piece:
+        """``piece``, which ends at ``link``, with what ``decoder`` takes there."""
+        alike = (link.outlet, link.axis)
+        if alike not in self._decoders:
+            self._decoders[alike] = self._decode(link, decoder, axis)
+        takes, spent = self._decoders[alike]
+        return piece._replace(train=takes, decoder_flops=spent)
+
+    def _decode(self, link: Link, decoder: Decoder, axis: int | None) -> tuple[float, int]:
+        features = self.like(link.outlet)
+        outlet = Outlet(features, None, self._shapes, axis=link.axis)
+        gpu = [features.device] if features.is_cuda else []
+        with torch.random.fork_rng(gpu, device_type="cuda"):
+            try:
+                (module,) = attach(decoder, Plan(1, [Unit(0, 0)]), Hard(), [outlet], axis)
+            except ValueError as error:
+                self.misfits[link.outlet.shape] = str(error)
+                return inf, 0
+            return self.train(module, features)
+
+    def like(self, form: Form) -> Tensor:
+        """A tensor of that form, which grows with the inputs."""
+        with self._live:
+            return self._first.new_ones(form.shape, dtype=form.dtype, device=form.device)
+
+    def whole(self, link: Link) -> Any:
+        """All that is returned at the end of ``link``, of tensors like those."""
+        return tree_map(
+            lambda leaf: self.like(leaf) if isinstance(leaf, Form) else leaf,
+            link.whole,
+            is_leaf=lambda leaf: isinstance(leaf, Form),
         )
 
+    def train(self, decoder: nn.Module, features: Any) -> tuple[int, int]:
+        """The most bytes that ``decoder`` takes beside the outlet that it reads, and the FLOPs of its forward."""
+        weights = [weight for weight in decoder.parameters() if weight.requires_grad]
+        for weight in weights:
+            weight.grad = torch.zeros_like(weight)
+        self._live.expect_gradients(weights)
+        begin = self._mark()
+        begun = mapped(
+            lambda tensor: tensor.requires_grad_(tensor.is_floating_point() or tensor.is_complex()), features
+        )
+        inlets, read = cut(begun, differentiable=True)
+        with self._counter, self._live:
+            outputs = tree_leaves(decoder(read))
+            del read
+            end = self._mark()
+            root = torch.stack([output.square().sum() for output in outputs if isinstance(output, Tensor)]).sum()
+            del outputs
+            Accumulate().push(root, weights, inlets)
+        peak = max(self._live.history[begin.at :]) - self._live.history[begin.at]
+        return peak, int((end.flops - begin.flops) * self._live.factor)
 
-def _trained(model: nn.Module, link: Link) -> int:
-    return sum(weight.numel() for weight in model.get_submodule(link.block).parameters() if weight.requires_grad)
+    def _backward(self, link: Link, below: Link | None, weights: Sequence[Tensor]) -> tuple[int, int]:
+        """What a backward to the inlet, and then the last one, take beside the graph."""
+        inlets = () if below is None else below.places
+        pull = self._peak(link, inlets, retain=True) if inlets else 0
+        self._live.expect_gradients(weights)
+        return pull, self._peak(link, [*inlets, *weights], retain=False)
 
+    def _peak(self, link: Link, inputs: Sequence[Any], *, retain: bool) -> int:
+        live, seed = self._live.history, sum(map(self._size, link.forms))
+        begin, ends = len(live) - 1, [len(live) - 1]
+        gradients = [self.like(form) for form in link.forms]
+        known = [gradient.untyped_storage() for gradient in gradients]
 
-def _positions(shape: torch.Size) -> int:
-    """Of a feature map, or tokens: all that is neither batch nor channels, whichever axis those have."""
-    return shape[1:].numel() // max(shape[1], shape[-1])
+        def used(below: Sequence[Tensor | None], _: object) -> None:
+            """The walk frees what comes in here, unless it goes on; autograd.grad holds it to the end."""
+            if not any(storage in known for g in below if g is not None for storage in storages(g)):
+                ends.append(len(live) - 1)
 
+        handles = [link.places[0].node.register_hook(used)] if len(link.places) == 1 else []
+        with self._live:
+            torch.autograd.grad(link.places, list(inputs), gradients, retain_graph=retain, allow_unused=True)
+        for handle in handles:
+            handle.remove()
+        last = ends[1] if len(ends) > 1 else len(live) - 1
+        return max([*live[begin : last + 1], *(now - seed for now in live[last + 1 :])]) - live[begin]
 
-def weigh(
-    model: nn.Module,
-    batch: Any,
-    ends: Sequence[Link],
-    decoder: Callable[[int], nn.Module] | None,
-    axis: int | None,
-    recompute: Mapping[Run, Learnt] = MappingProxyType({}),
-    features: Features | None = None,
-    attached: Mapping[int, Sequence[nn.Module]] = MappingProxyType({}),
-) -> list[Piece]:
-    """Cuts ``model``, a fake copy, at all of ``ends`` and runs every piece forward and backward by itself.
+    def _shape(self, form: Form) -> torch.Size:
+        return torch.Size((int(form.shape[0] * self._live.factor), *form.shape[1:])) if form.shape else form.shape
 
-    Of several decoders on a piece, those of ``attached`` to it, the one that takes most counts. Without any, ``train`` and
-    ``decoder_flops`` are 0.
-    """
-    pieces: list[Piece] = []
-    live, flops = LiveBytes(), Flops()
-    for weight in model.parameters():
-        weight.grad = torch.zeros_like(weight) if weight.requires_grad else None
-    read = features or Features()
-    inlets: list[Tensor] = []
-    before, counted = 0, 0  # bytes, FLOPs
-
-    def weighed(stage: int, output: Any) -> Any:
-        nonlocal inlets, before, counted
-        start = min(live.history[before:])  # once the frames of the piece below have let go of its inlet
-        forward, kept, spent = max(live.history[before:]) - start, live.history[-1] - start, flops.total - counted
-        size = sum(storage.nbytes() for storage in _storages(output))
-        pull, push, weights = _backward(live, output, inlets)
-        shown = read(output).detach()
-        at = agreed_axis(shown, [weight.shape for weight in model.parameters()]) if axis is None else axis
-        takes, decoding = (0.0, 0) if decoder is None else _train(shown, decoder, at)
-        for module in attached.get(stage, ()):
-            given = cut(output, differentiable=False)[1] if isinstance(module, FromOutlet) else shown
-            takes, decoding = max((takes, decoding), train(module, given))
-        sizes = (size, kept, forward, max(pull - start, kept), push - start, takes)
-        pieces.append(Piece(ends[stage].end, shown.shape, spent, *sizes, decoding, weights))
-        inlets, handed_on = cut(output, differentiable=True)
-        before, counted = len(live.history) - 1, flops.total
-        return handed_on
-
-    with ExitStack() as stack:
-        concerned = stack.enter_context(hooked([model.get_submodule(end.end) for end in ends], weighed))
-        stack.enter_context(recomputed(model, recompute, concerned))
-        stack.enter_context(flops)
-        stack.enter_context(live)
-        called(model, batch)
-    return pieces
+    def _size(self, form: Form) -> int:
+        return prod(self._shape(form)) * form.dtype.itemsize
 
 
-def _peak(live: LiveBytes, what: Callable[[], object]) -> int:
-    start = len(live.history) - 1
-    what()
-    return max(live.history[start:])
+def _two(tensor: Tensor, length: int) -> Tensor:
+    """The first two inputs in a tensor that has an axis for them, which is as long as the batch."""
+    if not tensor.ndim or len(tensor) != length:
+        return tensor
+    return tensor[:2] if length > 1 else torch.cat([tensor, tensor])
 
 
-def _storages(outlet: Any) -> list[torch.UntypedStorage]:
-    """The memory behind the tensors in ``outlet``, each once."""
-    storages = [tensor.untyped_storage() for tensor in tensors(outlet)]
-    return list({storage._cdata: storage for storage in storages}.values())
+def trained_below(link: Link, below: Link | None = None) -> list[Tensor]:
+    """The trained weights that lead to the outlet of ``link``, above that of ``below``."""
+    stack, found = list({place.node: None for place in link.places}), list[Tensor]()
+    inlets = set() if below is None else {place.node for place in below.places}
+    stack = [node for node in stack if node not in inlets]
+    seen = {*stack, *inlets}
+    while stack:
+        node = stack.pop()
+        if isinstance(leaf := getattr(node, "variable", None), nn.Parameter):  # the inputs may be another leaf
+            found.append(leaf)
+        for lower, _ in node.next_functions:
+            if lower is not None and lower not in seen:
+                seen.add(lower)
+                stack.append(lower)
+    return found
 
 
-def _backward(live: LiveBytes, outlet: Any, inlets: Sequence[Tensor]) -> tuple[int, int, int]:
-    """The peaks of a backward to the inlets and of the last one, and how many numbers are trained."""
-    segment, pull = Segment(outlet, inlets), 0
-
-    def ones() -> Flow:
-        return [torch.ones_like(tensor) for tensor in segment.outlets]
-
-    if inlets:
-        pull = _peak(live, lambda: segment.pull(ones(), retain=True))
-
-    def last() -> None:
-        if segment.outlets:
-            roots, gradients = segment.start(ones())
-            Accumulate().push(roots, segment.weights, inlets, gradients)
-
-    return pull, _peak(live, last), sum(weight.numel() for weight in segment.weights)
-
-
-def _train(features: Tensor, decoder: Callable[[int], nn.Module], axis: int) -> tuple[float, int]:
-    def there(width: int) -> nn.Module:
-        """With its weights replaced, where ``Module.to`` would exchange them, which fake tensors do not take."""
-        made = decoder(width)
-        for part in made.modules():
-            for name, weight in part._parameters.items():
-                if weight is not None and weight.is_floating_point():
-                    part._parameters[name] = nn.Parameter(weight.detach().to(features), weight.requires_grad)
-            for name, buffer in part._buffers.items():
-                if buffer is not None:
-                    dtype = features.dtype if buffer.is_floating_point() else buffer.dtype
-                    part._buffers[name] = buffer.to(features.device, dtype)
-        return made
-
-    try:
-        (module,) = attach(there, Plan(1, [Unit(0, 0)]), Hard(), [Outlet(features, None)], axis)
-    except ValueError:
-        return inf, 0
-    return train(module, features)
-
-
-def train(decoder: nn.Module, features: Any) -> tuple[int, int]:
-    """The most bytes that a decoder on ``features``, detached, takes beside them, and the FLOPs of its forward."""
-    spent = 0
-    for weight in decoder.parameters():
-        weight.grad = torch.zeros_like(weight)
-    begun = mapped(lambda tensor: tensor.requires_grad_(tensor.is_floating_point() or tensor.is_complex()), features)
-    inlets, read = cut(begun, differentiable=True)
-    with Flops() as flops, LiveBytes() as live:
-        outputs = tree_leaves(decoder(read))
-        del read
-        spent = flops.total
-        root = torch.stack([output.square().sum() for output in outputs if isinstance(output, Tensor)]).sum()
-        del outputs
-        Accumulate().push(root, list(decoder.parameters()), inlets)
-    return max(live.history), spent
+def _recomputed(links: Sequence[Link], runs: Collection[Run]) -> bool:
+    names = {name for run in runs for name in run}
+    return any(link.block == name or link.block.startswith(f"{name}.") for link in links for name in names)

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from math import inf
+from math import ceil, inf
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from locallearn._fitting.attach import Decoder
 from locallearn._fitting.batches import View, example_batch, rows
+from locallearn._fitting.chain import Link, longest
+from locallearn._fitting.features import Features, Which
 from locallearn._fitting.outlets import check_graph
 from locallearn._fitting.recomputed import Policy, runs
 from locallearn._walk.trees import mapped
-from locallearn.decoders import ConvMLPDecoder
 from locallearn.memory.balance import balanced, stage_flops
-from locallearn.memory.fakes import analysed, fake_copy
-from locallearn.memory.pieces import Piece, places, weigh
+from locallearn.memory.pieces import Piece, Sample, trained_below
+from locallearn.memory.places import places
 from locallearn.memory.predict import predict
 from locallearn.plan import Plan
 from locallearn.schedules import sequential
@@ -34,6 +34,7 @@ class StagePlan:
         plan: what it was chosen for.
         pieces: what the stages are made of, stage by stage.
         recomputed: the same pieces under ``checkpoint=``.
+        left_out: submodules whose weights lie behind the last cut, or beside all stages, and are not trained.
         ranks: how many stages each process of a :class:`locallearn.pipeline.Pipeline` gets, if they were chosen for one.
     """
 
@@ -41,6 +42,7 @@ class StagePlan:
     plan: Plan
     pieces: tuple[tuple[Piece, ...], ...]
     recomputed: tuple[tuple[Piece, ...], ...]
+    left_out: tuple[str, ...] = ()
     ranks: tuple[int, ...] = ()
 
     def peak(self, overlap: int | None = None, *, checkpoint: bool = False) -> float:
@@ -61,6 +63,8 @@ class StagePlan:
             kept, left = (sum(piece.kept for piece in part) / 1e6 for part in (stage, lean))
             shape = str(tuple(stage[-1].shape))
             lines.append(f"{number:>5}  {end:24} {shape:>22} {share:>7.1%} {kept:>9,.0f} {left:>11,.0f}")
+        numbers = sum(piece.weights for stage in self.pieces for piece in stage)
+        lines.append(f"trained: {numbers:,} weights; left out: {', '.join(self.left_out) or 'none'}")
         lines.append("")
         lines.append(f"{'predicted peak, MB':34} {'plain':>8} {'':>7} {'recomputed':>11}")
         top = len(self.stages) - 1
@@ -87,14 +91,17 @@ def plan_stages(
     budget: float | None = None,
     *,
     ranks: int | None = None,
-    decoder: Callable[[int], nn.Module] = ConvMLPDecoder,
+    decoder: Decoder = "auto",
     checkpoint: Policy = False,
     channel_axis: int | None = None,
+    features: Which = None,
 ) -> StagePlan:
     """Finds where ``model`` can be cut, weighs what lies between, and picks the cuts.
 
-    A backbone can be cut after every submodule over which exactly one tensor passes; blocks stay whole, and so do simple
-    layers with the convolution before them. Everything is counted under fake tensors, in seconds and without memory.
+    A backbone can be cut after every submodule after which nothing is needed but what it returns; blocks stay whole, and so
+    do simple layers with the convolution before them. The last stage ends with the last map of features; the pooling and the
+    classifier that follow are left out. All is counted in one forward of the first two inputs, in eval mode and without a
+    trace, and multiplied: seconds, and the memory of a step with two inputs.
 
     Args:
         model: the backbone; it is left as it is.
@@ -107,14 +114,17 @@ def plan_stages(
         ranks: for a pipeline of as many processes, each of which gets ``n / ranks`` stages: looks for the cuts with which the
             one that has most to compute has least. A rank computes its forwards, the gradients of its weights, one input
             gradient for each unit that walks on, and its decoders.
-        decoder: makes a unit's decoder from its outlet's width.
+        decoder: as in ``LocalWrapper``, but no list.
         checkpoint: as in ``LocalWrapper``: with it, the cuts are chosen for what is recomputed.
         channel_axis: as in ``LocalWrapper``.
+        features: as in ``LocalWrapper``.
 
     Raises:
-        ValueError: if the model has not enough places, if nothing fits into the budget, or if ``ranks`` does not divide ``n``.
+        ValueError: if the model does not run on ``example``, if it has not enough places, if nothing fits into the budget,
+            or if ``ranks`` does not divide ``n``.
 
     Example:
+        >>> import torch
         >>> net = nn.Sequential(*[nn.Conv2d(3 if k == 0 else 8, 8, 3, padding=1) for k in range(6)])
         >>> plan_stages(net, torch.zeros(8, 3, 16, 16), n=3).stages
         ('2', '3', '5')
@@ -122,21 +132,47 @@ def plan_stages(
     check_graph(model)
     n = _stages(n, overlap, budget, ranks)
     batch = sixty_four(model, None) if example is None else example_batch(model, example)
-    with analysed(model) as fake:
-        plain, lean = _weighed(model, batch, decoder, channel_axis, checkpoint, fake)
+    sample = Sample(model, batch, features=Features(features))
+    found = runs(model, (), checkpoint or True, sample.inputs, [link for link in sample.chain if len(link.forms) == 1])
+    ends = places(model, sample.chain, sample.rows, found)
+    if len(ends) < n:
+        raise ValueError(_too_few(model, sample, n, [end.end for end in ends]))
+    plain, lean = sample.pieces(ends, found)
+    plain = [sample.decoded(piece, end, decoder, channel_axis) for piece, end in zip(plain, ends, strict=True)]
+    lean = [
+        piece._replace(train=known.train, decoder_flops=known.decoder_flops)
+        for piece, known in zip(lean, plain, strict=True)
+    ]
     plan = Plan.windows(n, overlap)
     if ranks is None:
         best = _best(plan, lean if checkpoint else plain, inf if budget is None else budget, peak_first=budget is None)
     else:
         best = balanced(plain, plan, ranks)
-    ends = [0, *best]
+    if not best:
+        raise ValueError(
+            _misfit(sample, [end for end, piece in zip(ends, plain, strict=True) if piece.train == inf][-1])
+        )
+    bounds = [0, *best]
     return StagePlan(
         tuple(plain[end - 1].end for end in best),
         plan,
-        tuple(tuple(plain[a:b]) for a, b in pairwise(ends)),
-        tuple(tuple(lean[a:b]) for a, b in pairwise(ends)),
+        tuple(tuple(plain[a:b]) for a, b in pairwise(bounds)),
+        tuple(tuple(lean[a:b]) for a, b in pairwise(bounds)),
+        _left_out(model, {id(weight) for weight in trained_below(ends[-1])}),
         () if ranks is None else (n // ranks,) * ranks,
     )
+
+
+def automatic(
+    model: nn.Module, plan: Plan, decoder: Decoder, checkpoint: Policy, example: Any, axis: int | None
+) -> tuple[str, ...]:
+    """The cuts that ``LocalWrapper(stages="auto")`` takes."""
+    if decoder != "auto" and (not callable(decoder) or isinstance(decoder, nn.Module)):
+        raise TypeError(f"stages='auto' needs a decoder= that makes a module from a width; got {decoder!r}")
+    overlap = max(unit.last - unit.first for unit in plan.units)
+    batch = sixty_four(model, example)
+    chosen = plan_stages(model, batch, plan.stages, overlap, decoder=decoder, checkpoint=checkpoint, channel_axis=axis)
+    return chosen.stages
 
 
 def _stages(n: int | None, overlap: int, budget: float | None, ranks: int | None) -> int:
@@ -163,44 +199,32 @@ def sixty_four(model: nn.Module, example: View | Sequence[View] | None) -> Any:
     return mapped(many, batch)
 
 
-def automatic(
-    model: nn.Module, plan: Plan, decoder: Any, checkpoint: Policy, example: Any, axis: int | None
-) -> tuple[str, ...]:
-    """The cuts that ``LocalWrapper(stages="auto")`` takes."""
-    if not callable(decoder) or isinstance(decoder, nn.Module):
-        raise TypeError(f"stages='auto' needs a decoder= that makes a module from a width; got {decoder!r}")
-    overlap = max(unit.last - unit.first for unit in plan.units)
-    batch = sixty_four(model, example)
-    chosen = plan_stages(model, batch, plan.stages, overlap, decoder=decoder, checkpoint=checkpoint, channel_axis=axis)
-    return chosen.stages
+def _left_out(model: nn.Module, reached: Collection[int]) -> tuple[str, ...]:
+    """The outermost submodules all of whose trainable weights are not ``reached``."""
+    found: list[str] = []
+    for name, module in model.named_modules():
+        ours = [id(weight) for weight in module.parameters() if weight.requires_grad]
+        if ours and not any(weight in reached for weight in ours) and not any(name.startswith(f"{f}.") for f in found):
+            found.append(name)
+    return tuple(found)
 
 
-def _weighed(
-    model: nn.Module,
-    batch: Any,
-    decoder: Callable[[int], nn.Module],
-    axis: int | None,
-    checkpoint: Policy,
-    fake: FakeTensorMode,
-) -> tuple[list[Piece], list[Piece]]:
-    """Every piece as it is, and recomputed."""
-    copied = fake_copy(model, fake)
-    policy = checkpoint or True
-    with fake:
-        images = mapped(lambda t: torch.zeros(t.shape, dtype=t.dtype, device=t.device), batch)
-        ends = places(copied, images, policy)
-        if not any(module.training for module in copied.modules()):
-            copied.train()
-        chosen = runs(copied, [end.end for end in ends], policy, images)
-        plain = weigh(copied, images, ends, decoder, axis)
-        try:
-            lean = weigh(copied, images, ends, None, axis, chosen)
-        except RuntimeError:  # a part that begins in place cannot be recomputed, which matters to those who ask for it
-            if checkpoint:
-                raise
-            lean = plain
-    pairs = zip(lean, plain, strict=True)
-    return plain, [piece._replace(train=known.train, decoder_flops=known.decoder_flops) for piece, known in pairs]
+def _too_few(model: nn.Module, sample: Sample, n: int, ends: Sequence[str]) -> str:
+    told = f"{n} stages need as many pieces, but the model can only be cut after {list(ends)}"
+    below = longest(model, sample.inputs, Features())
+    if len(below) > len(sample.chain) and len(below) >= n:
+        told += (
+            f". Up to {below[-1].end!r} more would do, but tensors from there are needed until the end, as over a U-Net's skip "
+            "connections. Give that part alone, as a backbone of its own, or name the stages"
+        )
+    return told
+
+
+def _misfit(sample: Sample, end: Link) -> str:
+    return (
+        f"decoder= fits too few outlets at which units could end. Not that of {end.end!r}: {sample.misfits[end.outlet.shape]}. "
+        "Leave decoder= away, for decoders that are chosen by the outlets' shapes"
+    )
 
 
 def _peak(plan: Plan, stages: Sequence[Sequence[Piece]]) -> float:
@@ -208,44 +232,47 @@ def _peak(plan: Plan, stages: Sequence[Sequence[Piece]]) -> float:
 
 
 def _best(plan: Plan, pieces: Sequence[Piece], budget: float, *, peak_first: bool) -> tuple[int, ...]:
-    """How many pieces lie up to the end of each stage: by branch and bound, exact.
+    """How many pieces lie up to the end of each stage: by branch and bound, exact; nothing, if decoders fit nowhere.
 
     The stages are chosen from the bottom. The lowest units alone take no more than they do among all, so what they take
-    bounds what can come of a beginning.
+    bounds what can come of a beginning. So does what is left: one of the units above keeps its share of it at least.
     """
     n, overlap = plan.stages, len(plan.units[0].updates) - 1
-    if len(pieces) < n:
-        raise ValueError(
-            f"{n} stages need as many pieces, but the model can only be cut after {[p.end for p in pieces]}"
-        )
+    kept = [sum(piece.kept for piece in pieces[end:]) for end in range(len(pieces) + 1)]
+    flops = [sum(piece.flops for piece in pieces[end:]) for end in range(len(pieces) + 1)]
     best: tuple[float, float, tuple[int, ...]] = (inf, inf, ())
 
-    def extend(ends: tuple[int, ...]) -> None:
+    def ordered(peak: float, most: float) -> tuple[float, float]:
+        return (peak, most) if peak_first else (most, peak)
+
+    def better(peak: float, most: float) -> bool:
+        return peak <= budget and peak < inf and ordered(peak, most) < best[:2]
+
+    def extend(ends: tuple[int, ...], peak: float, most: float) -> None:
         nonlocal best
-        if ends:
-            stages = [pieces[a:b] for a, b in pairwise((0, *ends))]
-            peak = 0.0
-            if len(ends) > overlap:
-                peak = _peak(Plan.windows(len(ends), overlap), stages)
-            most = float(max(sum(piece.flops for piece in stage) for stage in stages))
-            first, second = (peak, most) if peak_first else (most, peak)
-            if peak > budget or peak == inf or (first, second) >= best[:2]:
-                return
-            if len(ends) == n:
-                best = (first, second, ends)
-                return
         left = n - len(ends)
         for end in [len(pieces)] if left == 1 else range((ends or (0,))[-1] + 1, len(pieces) - left + 2):
-            extend((*ends, end))
+            chosen = (*ends, end)
+            highest = max(peak, kept[end] / max(1, ceil((left - 1) / (overlap + 1))))
+            heaviest = max(most, flops[chosen[-2] if ends else 0] - flops[end], flops[end] / max(1, left - 1))
+            if better(highest, heaviest) and len(chosen) > overlap:
+                stages = [pieces[a:b] for a, b in pairwise((0, *chosen))]
+                highest = max(highest, _peak(Plan.windows(len(chosen), overlap), stages))
+            if not better(highest, heaviest):
+                continue
+            if left == 1:
+                best = (*ordered(highest, heaviest), chosen)
+            else:
+                extend(chosen, highest, heaviest)
 
-    extend(())
+    extend((), 0.0, 0.0)
     if not best[2] and budget < inf:
         ends = _best(plan, pieces, inf, peak_first=True)
+        if not ends:
+            return ()
         least = _peak(plan, [pieces[a:b] for a, b in pairwise((0, *ends))])
         raise ValueError(
             f"no cuts into {n} stages with overlap {overlap} fit into {budget / 1e6:,.0f} MB; the least is "
             f"{least / 1e6:,.0f} MB. Try more stages, less overlap, or checkpoint=True"
         )
-    if not best[2]:
-        raise ValueError("decoder= fits no outlet at which a unit could end. Give one that does, or channel_axis=")
     return best[2]

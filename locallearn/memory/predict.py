@@ -71,7 +71,7 @@ def predict(plan: Plan, actions: Sequence[Action], stages: Sequence[Sequence[Pie
                 peak = max(peak, rest + _freed_from_the_top(whole[s], held))
             elif s in unit.updates:
                 pending.add(s)
-        phases.append(Phase(action, peak))
+        phases.append(Phase(action, peak + whole[ran].pieces[-1].held))  # the forward waits
     return phases
 
 

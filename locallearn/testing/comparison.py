@@ -15,7 +15,7 @@ from locallearn.testing.copies import copied, exact, gradients, replayed
 from locallearn.testing.reference import LocalGradients, prepared
 from locallearn.wrapper import LocalWrapper
 
-_RTOL = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
+RTOL = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 _MOST = 20  # problems that one message lists
 
 
@@ -56,17 +56,17 @@ def assert_local_gradients(model: LocalWrapper, *views: View, targets: Any = Non
             "there is nothing to compare: no unit trains any weight. Are all of them frozen, or does the backbone or the loss "
             "run without gradients?"
         )
-    rtol = _RTOL.get(expected.dtype, 2e-1) if rtol is None else rtol
-    problems: list[str] = []
-    for entry, run in _ENTRIES.items():
+    rtol = RTOL.get(expected.dtype, 2e-1) if rtol is None else rtol
+    wrong: list[str] = []
+    for entry, run in ENTRIES.items():
         with replayed():
             again = copied(ready.model)
             run(again, [mapped(lambda tensor: tensor.detach().clone(), view) for view in ready.views], ready.targets)
-        found = list(_problems(again, expected, rtol))
+        found = list(problems(again, expected, rtol))
         more = [f"and {len(found) - _MOST} more"] if len(found) > _MOST else []
-        problems += [f"{entry}: {problem}" for problem in [*found[:_MOST], *more]]
-    if problems:
-        lines = "".join(f"\n  {problem}" for problem in problems)
+        wrong += [f"{entry}: {problem}" for problem in [*found[:_MOST], *more]]
+    if wrong:
+        lines = "".join(f"\n  {problem}" for problem in wrong)
         raise AssertionError(
             f"not the gradients of one plain backward per unit (rtol={rtol:g}, computed in {expected.dtype}{ready.why}):{lines}"
         )
@@ -82,10 +82,11 @@ def _call(model: LocalWrapper, views: Sequence[View], targets: Any) -> None:
         loss.backward()
 
 
-_ENTRIES = {"local_step": _step, "loss.backward()": _call}
+ENTRIES = {"local_step": _step, "loss.backward()": _call}
 
 
-def _problems(ours: LocalWrapper, expected: LocalGradients, rtol: float) -> Iterator[str]:
+def problems(ours: LocalWrapper, expected: LocalGradients, rtol: float) -> Iterator[str]:
+    """What differs between ``ours``, after a pass, and what is expected: losses, gradients, buffers; a line for each."""
     floor = min(0.1, max(1e-6, 64 * torch.finfo(expected.dtype).eps / rtol))
     assert ours.losses is not None
     yield from differences(_terms(ours.losses, ours.penalty), _terms(*expected[:2]), rtol, floor).values()

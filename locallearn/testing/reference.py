@@ -104,16 +104,10 @@ def prepared(model: LocalWrapper, views: tuple[View, ...], targets: Any) -> Prep
 def _reference(model: LocalWrapper, views: Sequence[View], targets: Any) -> LocalGradients:
     """Runs on ``model`` itself, which is a copy."""
     with replayed():
-        outlets, losses = _forward(model, views, targets)
-        penalty = _penalty(model)
+        outlets, losses = forward(model, views, targets)
+        penalty = penalty_of(model)
         names = {id(weight): name for name, weight in model.named_parameters()}
-        stages: list[list[Tensor]] = []  # the weights that an outlet reaches and the one below does not
-        below: set[int] = set()
-        for outlet in outlets:
-            reached = [weight for tensor in tensors(outlet) for weight in graph(tensor)[0]]
-            reached = list({id(weight): weight for weight in reached}.values())
-            stages.append([weight for weight in reached if id(weight) not in below])
-            below |= {id(weight) for weight in reached}
+        stages = weights_of_stages(outlets)
 
         dtypes, trained_by = set[torch.dtype](), dict[str, tuple[int, ...]]()
         roots = [] if penalty is None else [(penalty, graph(penalty)[0])]
@@ -144,7 +138,7 @@ def _reference(model: LocalWrapper, views: Sequence[View], targets: Any) -> Loca
     )
 
 
-def _forward(model: LocalWrapper, views: Sequence[View], targets: Any) -> tuple[list[Any], list[Tensor]]:
+def forward(model: LocalWrapper, views: Sequence[View], targets: Any) -> tuple[list[Any], list[Tensor]]:
     """The stages' outlets and the units' losses, of one plain forward in which nothing is cut.
 
     Losses are evaluated when the schedule trains their units: decoders may draw random numbers, in between those of stages.
@@ -225,11 +219,23 @@ def graph(root: Tensor) -> tuple[list[Tensor], set[torch.dtype]]:
     return list(found.values()), {dtype.to_real() for dtype in dtypes if dtype.is_floating_point or dtype.is_complex}
 
 
+def weights_of_stages(outlets: Sequence[Any]) -> list[list[Tensor]]:
+    """For each stage, the weights that its outlet reaches and the one below does not."""
+    stages: list[list[Tensor]] = []
+    below: set[int] = set()
+    for outlet in outlets:
+        reached = {id(weight): weight for tensor in tensors(outlet) for weight in graph(tensor)[0]}
+        stages.append([weight for weight in reached.values() if id(weight) not in below])
+        below |= reached.keys()
+    return stages
+
+
 def _same(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and bool(torch.isclose(one, other, rtol=0, atol=0, equal_nan=True).all())
 
 
-def _penalty(model: LocalWrapper) -> Tensor | None:
+def penalty_of(model: LocalWrapper) -> Tensor | None:
+    """What the sharing adds to the losses."""
     ends = [model.backbone.get_submodule(name) for name in model.stages]
     return model.sharing.penalty(
         model.decoders, [end if whole else None for end, whole in zip(ends, model._whole, strict=True)]

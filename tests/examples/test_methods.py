@@ -16,6 +16,7 @@ from torchvision.models import resnet18
 from torchvision.models.resnet import BasicBlock
 
 from locallearn import LocalWrapper, Soft
+from locallearn.diagnosis import Monitor
 
 RESNET = ARCHITECTURES["resnet18"]
 
@@ -172,11 +173,12 @@ def test_another_seed_makes_other_decoders() -> None:
 def test_every_loss_tells_its_accuracy_and_spread(loss: str) -> None:
     model = tiny(loss=loss)
     labels = torch.tensor([0, 1, 0, 1]) if loss in methods.LABELLED else None
-    losses = model.local_step(*torch.randn(2, 4, 3, 12, 12), targets=labels)
+    with Monitor(model, every=1) as monitor:
+        losses = model.local_step(*torch.randn(2, 4, 3, 12, 12), targets=labels)
+        seen = monitor.measured()
     assert losses.isfinite().all()
-    for watched in model.loss:
-        assert 0 <= watched.accuracy <= 1
-        assert 0 < watched.std <= 1
+    assert ((seen["top1"] >= 0) & (seen["top1"] <= 1)).all()
+    assert ((seen["spread"] > 0) & (seen["spread"] <= 1)).all()
 
 
 def test_the_losses_are_those_of_their_names() -> None:

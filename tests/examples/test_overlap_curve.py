@@ -289,10 +289,14 @@ def test_memory_grows_with_the_overlap_and_falls_with_recomputation() -> None:
     assert costs.counted(setting, "8", 32, 8, recompute=True).peak_bytes < peaks[-1]
 
 
-@pytest.mark.parametrize("curve", [*presets.CPU, *presets.GPU, *presets.GPU_SHORT], ids=lambda curve: curve.name)
+EVERY = [curve for name, preset in presets.PRESETS.items() for curve in preset]
+
+
+@pytest.mark.parametrize("curve", EVERY, ids=lambda curve: curve.name)
 def test_curves_of_the_presets_are_cut_into_as_many_stages_as_their_plans_have(curve: Curve) -> None:
     assert len(curve.setting.names) == curve.setting.stages
-    assert all(presets.plan_of(row, curve.setting.stages).stages == curve.setting.stages for row in curve.rows)
+    plans = [presets.plan_of(row, curve.setting.stages) for row in curve.rows if row not in presets.SHARINGS]
+    assert all(plan.stages == curve.setting.stages for plan in plans)
     assert (curve.seeds == (presets.PILOT,)) == curve.name.startswith("pilot-")
     backbone = curve.setting.backbone(32)
     assert all(backbone.get_submodule(name) is not None for name in curve.setting.names)
@@ -305,6 +309,21 @@ def test_rows_that_are_no_overlap() -> None:
     assert presets.plan_of("deep", 4) == Plan.deep_supervision(4)
     with pytest.raises(ValueError, match="resnet18 has 4 stages here; got stages=5"):
         _ = replace(SETTING, arch="resnet18", stages=5).names
+
+
+def test_the_ways_to_share_of_table_5_are_those_of_the_other_scripts() -> None:
+    setting = replace(presets.VIEWS, arch="presnet_small-3", decoder="mlp")
+    soft, first = (
+        network.wrapped(setting, row, setting.backbone(8), 8, classes=3) for row in (presets.SOFT, presets.FIRST)
+    )
+    assert [unit.last for unit in soft.plan.units] == list(range(6))
+    assert soft.penalty is None  # of a step that has not been taken
+    soft.local_step(*torch.rand(2, 4, 3, 8, 8))
+    assert soft.penalty is not None
+    assert len(first.plan.units) == 6
+    assert first.plan.stages == 11  # the first stage, and two parts of each other
+    peaks = {row: costs.counted(setting, row, 8, 4).peak_bytes for row in ("0", presets.FIRST, "1")}
+    assert peaks["0"] < peaks[presets.FIRST] < peaks["1"]
 
 
 # --------------------------------------------------------------------------------------------------- tables and figures

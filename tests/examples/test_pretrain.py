@@ -26,7 +26,7 @@ pytest.importorskip("tqdm")
 
 import pretrain
 from backbones import ARCHITECTURES
-from pretraining import collapse, interrupt, norms, optimisers, pretrain_options, processes, progress, runs, training
+from pretraining import interrupt, norms, optimisers, pretrain_options, processes, progress, runs, training
 from pretraining.draws import Draws, seed_of
 from tiny_pretrain import TINY, Tiny, plain_view
 from torch import Tensor, nn
@@ -34,7 +34,6 @@ from torchvision.models import resnet18
 
 ROOT = Path(__file__).parents[2]
 
-from locallearn import InfoNCE  # noqa: E402
 
 TIMES = ("images_per_second", "peak_bytes", "seconds")
 
@@ -471,51 +470,6 @@ def test_a_warm_up_as_long_as_the_run_only_rises() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- collapse
-
-
-def test_the_spread_is_one_on_an_even_sphere_and_zero_in_a_point() -> None:
-    assert collapse.spread(torch.randn(4000, 64)).item() == pytest.approx(1, abs=0.01)
-    assert collapse.spread(torch.ones(10, 8) * torch.rand(10, 1)).item() == pytest.approx(0, abs=1e-6)
-    assert collapse.spread(torch.cat([torch.eye(4), -torch.eye(4)])).item() == pytest.approx(1)
-
-
-def test_a_watched_loss_is_the_loss() -> None:
-    z = torch.randn(2, 6, 8, requires_grad=True)
-    watched = collapse.Watched(InfoNCE(return_top1=True))
-    value = watched(z[0], z[1])
-    assert torch.equal(value, InfoNCE()(z[0], z[1]))
-    assert torch.equal(watched.std, collapse.spread(z.flatten(0, 1)))
-    assert watched.accuracy == InfoNCE(return_top1=True)(z[0], z[1])[1]
-    assert not watched.std.requires_grad
-
-
-def test_a_collapse_is_told_once_each_time_it_comes() -> None:
-    watch = collapse.Watch(2, torch.device("cpu"))
-    watch.see(torch.tensor([1.0, 1.0]))
-    assert watch.judge([0.9, 0.05]) == ["unit 1: it collapses (std of its embeddings 0.050, evenly spread 1)"]
-    assert watch.judge([0.9, 0.04]) == []
-    assert watch.judge([0.9, 0.9]) == []
-    assert len(watch.judge([0.01, 0.02])) == 2
-
-
-def test_losses_that_are_not_finite_are_told_and_then_stop_the_run() -> None:
-    watch = collapse.Watch(2, torch.device("cpu"))
-    bad = torch.tensor([1.0, torch.nan])
-    told = "unit 1: its loss is not finite (std of its embeddings 1.000, evenly spread 1)"
-    watch.see(bad)
-    assert not watch.healthy
-    assert watch.judge([1, 1]) == [told]
-    watch.see(torch.ones(2))  # fp16's scaler had skipped it
-    assert watch.healthy
-    assert watch.judge([1, 1]) == []
-    for _ in range(collapse.PATIENCE - 1):
-        watch.see(bad)
-    assert watch.judge([1, 1]) == [told]
-    watch.see(bad)
-    with pytest.raises(
-        collapse.DivergedError, match="the loss of unit 1 has not been finite for 5 steps in a row; lower"
-    ):
-        watch.judge([1, 1])
 
 
 def test_images_that_are_all_alike_collapse_in_the_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -208,7 +208,9 @@ def test_top1_is_the_oracles_in_every_form(options: dict, temperature: float, ti
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"form": "one-way"}, {"labels": LABELS}, {"negatives": torch.randn(5, 4)}], ids=str
+    "options",
+    [{}, {"form": "one-way"}, {"labels": LABELS}, {"negatives": torch.randn(5, 4)}],
+    ids=["NT-Xent", "one-way", "labels", "negatives"],
 )
 def test_top1_takes_no_further_product(options: dict) -> None:
     counts = []

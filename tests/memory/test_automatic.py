@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, lru_cache
+from typing import Any
 
 import pytest
 import torch
@@ -11,27 +12,28 @@ from torch import Tensor, nn
 from torchvision import models
 from zoo import conv
 
-from locallearn import LocalWrapper, MLPDecoder, Plan, TokenDecoder, memory_report, plan_stages
-from locallearn._fitting.outlets import agreed_axis
+from locallearn import ConvMLPDecoder, LocalWrapper, MLPDecoder, Plan, TokenDecoder, memory_report, plan_stages
+from locallearn._fitting.channels import agreed_axis
 
 # ---------------------------------------------------------------- nothing that is trained is left out
 
 
-@pytest.mark.parametrize(
-    ("size", "lost"), [(32, r"\['layer4.0', 'layer4'\], 8,393,728 weights"), (16, r"\['layer3.0', .*'layer4'\]")]
-)
-def test_layers_behind_the_last_map_are_refused(size: int, lost: str) -> None:
-    with pytest.raises(ValueError, match=rf"{lost}.*name the stages yourself: stages=\[..., 'layer4'\]"):
-        plan_stages(models.resnet18(), torch.zeros(2, 3, size, size))
-
-
-def test_stages_named_as_the_message_says_train_all_of_them() -> None:
-    net = models.resnet18()
-    model = LocalWrapper(
-        net, ["layer1", "layer2", "layer3", "layer4"], decoder=MLPDecoder, example=torch.rand(2, 3, 32, 32)
-    )
-    model.local_step(*torch.rand(2, 4, 3, 32, 32))
+@pytest.mark.parametrize("size", [16, 32, 64])
+def test_layers_that_see_a_single_position_are_trained_too(size: int) -> None:
+    net, pair = models.resnet18(), torch.rand(2, 4, 3, size, size).unbind()
+    chosen = plan_stages(net, pair[0])
+    assert chosen.stages[-1] == "layer4"
+    assert chosen.left_out == ("fc",)
+    assert "trained: 11,176,512 weights; left out: fc" in str(chosen)
+    LocalWrapper(net, chosen.stages, example=pair[0]).local_step(*pair)
     assert {name for name, weight in net.named_parameters() if weight.grad is None} == {"fc.weight", "fc.bias"}
+
+
+def test_a_chain_that_has_shrunk_to_one_position_ends_with_its_activation() -> None:
+    net = nn.Sequential(*(part for k in range(4) for part in (conv(3 if k == 0 else 4, 4, 2), nn.ReLU())))
+    chosen = plan_stages(net.append(nn.AdaptiveAvgPool2d(1)), torch.rand(2, 3, 8, 8), 3)
+    assert chosen.pieces[-1][-1].shape == (2, 4, 1, 1)
+    assert chosen.left_out == ()
 
 
 def test_frozen_layers_behind_the_last_map_are_left_out() -> None:
@@ -55,23 +57,39 @@ def test_a_head_is_left_out(build: Callable[[], nn.Module], last: str) -> None:
 # ---------------------------------------------------------------- the channels are where the weights say
 
 
-def test_maps_with_channels_last_that_are_not_square_are_refused() -> None:
-    swin, stages = models.swin_t(), ["features.1", "features.3", "features.5", "features.7"]
-    example = torch.rand(2, 3, 64, 96)
-    for stages_ in (stages, "auto"):
-        with pytest.raises(ValueError, match=r"tells axis 1, of size \d+, .*LocalWrapper\(..., channel_axis=-1\)"):
-            LocalWrapper(swin, stages_, example=example)  # type: ignore[arg-type]
-    model = LocalWrapper(swin, stages, example=example, channel_axis=-1)
-    assert [decoder[1].channels for decoder in model.decoders] == [192, 384, 768]  # type: ignore[index, union-attr]
+@pytest.mark.parametrize("stages", ["auto", ["features.1", "features.3", "features.5", "features.7"]])
+def test_maps_with_channels_last_need_not_be_square(stages: Any) -> None:
+    model = LocalWrapper(models.swin_t(), stages, example=torch.rand(2, 3, 64, 96))
+    at = [dict(model.backbone.named_modules())[stage] for stage in model.stages]
+    outlets: list[Tensor] = []
+    for end in at:
+        end.register_forward_hook(lambda module, args, output: outlets.append(output))
+    model.backbone(torch.rand(2, 3, 64, 96))
+    widths = [max(outlet.shape[1], outlet.shape[-1]) for outlet in outlets[1:]]
+    read = [part.channels for part in model.decoders.modules() if isinstance(part, ConvMLPDecoder)]
+    assert read == widths
 
 
-def test_a_convolution_in_one_dimension_is_refused() -> None:
-    waves = nn.Sequential(nn.Conv1d(1, 4, 3), nn.Conv1d(4, 6, 3))
-    with pytest.raises(ValueError, match=r"shape \(2, 6, 29\) .* Say channel_axis=1 \(or -1\)"):
-        LocalWrapper(waves, [0, 1], decoder=MLPDecoder, example=torch.rand(2, 1, 33))
+class Silent(nn.Module):
+    """Multiplies by a weight of its own: no module says where the channels are."""
+
+    def __init__(self, before: int, after: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(after, before))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("ncl,dc->ndl", x, self.weight)
+
+
+def test_a_shape_that_the_weights_contradict_is_refused_where_no_module_says() -> None:
+    waves = nn.Sequential(Silent(3, 4), Silent(4, 6))
+    for stages in ([0, 1], "auto"):
+        with pytest.raises(ValueError, match=r"Say channel_axis=1 \(or -1\)"):
+            LocalWrapper(waves, stages, 0, example=torch.rand(2, 3, 29), plan=Plan.windows(2, 0))  # type: ignore[arg-type]
     waves.requires_grad_(False)
     with pytest.raises(ValueError, match="Say channel_axis=1"):
-        LocalWrapper(waves, [0, 1], decoder=MLPDecoder, example=torch.rand(2, 1, 33))
+        LocalWrapper(waves, [0, 1], example=torch.rand(2, 3, 29))
+    LocalWrapper(waves.requires_grad_(), [0, 1], example=torch.rand(2, 3, 29), channel_axis=1)
 
 
 @pytest.mark.parametrize(
@@ -245,10 +263,36 @@ def test_a_cache_that_the_forward_fills_is_emptied(where: str, ran_before: bool,
     assert type(model.losses) is Tensor
 
 
-def test_another_place_that_keeps_a_fake_tensor_is_named_and_refused() -> None:
+@pytest.mark.parametrize("where", ["cache", "tuple", "method", "dict"])
+def test_what_the_analysis_puts_into_a_cache_is_no_fake(where: str) -> None:
+    net, images = with_positions(where), torch.rand(4, 3, 8, 8)
+    plan_stages(net, images, 2)
+    assert type(net(images)) is Tensor
+
+
+def test_a_report_takes_its_fakes_out_of_a_dictionary() -> None:
     net, images = with_positions("dict"), torch.rand(4, 3, 8, 8)
-    with pytest.raises(RuntimeError, match=r"the module 'test_automatic' has kept a tensor .*Empty that cache"):
-        LocalWrapper(net, "auto", plan=Plan.windows(2, 1), decoder=MLPDecoder, example=images)
-    KEPT.clear()
-    LocalWrapper(net, [1, 3], decoder=MLPDecoder, example=images).local_step(images, images.flip(3))
-    LocalWrapper(net, "auto", plan=Plan.windows(2, 1), decoder=MLPDecoder, example=images)
+    model = LocalWrapper(net, [1, 3], example=torch.rand(4, 3, 6, 6))
+    memory_report(model, images, images)
+    assert {key: type(kept) for key, kept in KEPT.items()} == {(6, 6): Tensor}
+    model.local_step(images, images.flip(3))
+
+
+class Global(nn.Module):
+    """Keeps what it computed last in a class."""
+
+    last: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = conv(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        Global.last = self.conv(x).detach()
+        return self.conv(x)  # type: ignore[no-any-return]
+
+
+def test_another_place_that_keeps_a_fake_tensor_is_named_and_refused() -> None:
+    model = LocalWrapper(nn.Sequential(conv(3, 4), Global()), [0, 1], example=torch.rand(4, 3, 8, 8))
+    with pytest.raises(RuntimeError, match=r"the class test_automatic.Global has kept a tensor .*count a real step"):
+        memory_report(model, *torch.rand(2, 4, 3, 8, 8))

@@ -123,6 +123,24 @@ def test_the_choice_is_the_best_of_all(overlap: int, budget: float | None) -> No
     assert [len(stage) for stage in plan.pieces] == [best[0], best[1] - best[0], 7 - best[1]]
 
 
+@pytest.mark.parametrize("head", [nn.Identity, nn.Flatten, lambda: nn.Conv2d(8, 3, 1)])
+def test_every_piece_keeps_its_outlet_at_least(head: Callable[[], nn.Module]) -> None:
+    net = chain([24, 4, 16, 8]).append(head())
+    plan = plan_stages(net, torch.zeros(8, 3, 16, 16), 2)
+    assert all(piece.kept >= piece.outlet and piece.held == 0 for stage in plan.pieces for piece in stage)
+
+
+def test_below_what_is_trained_nothing_is_kept() -> None:
+    net = chain([24, 4, 16, 8])
+    whole = plan_stages(net, torch.zeros(8, 3, 16, 16), 2)
+    net[:2].requires_grad_(False)
+    plan = plan_stages(net, torch.zeros(8, 3, 16, 16), 2)
+    pieces, before = ([piece for stage in p.pieces for piece in stage] for p in (plan, whole))
+    assert [piece.kept == piece.outlet for piece in pieces[:2]] == [True, True]
+    assert [piece.weights for piece in pieces] == [0, 0, *(piece.weights for piece in before[2:])]
+    assert pieces[3] == before[3]
+
+
 def test_a_budget_gives_the_most_even_computation_that_fits() -> None:
     net, images = chain([24, 4, 16, 8, 32, 8]), torch.zeros(8, 3, 16, 16)
     least, even = (plan_stages(net, images, 3, 1, budget, decoder=MLPDecoder) for budget in (None, inf))
@@ -139,7 +157,7 @@ def test_too_few_places_are_named() -> None:
 
 
 def test_a_decoder_that_fits_nowhere_is_refused() -> None:
-    with pytest.raises(ValueError, match="fits no outlet"):
+    with pytest.raises(ValueError, match="fits too few outlets"):
         plan_stages(chain([4, 4, 4]), torch.zeros(2, 3, 8, 8), 2, decoder=TokenDecoder)
 
 
@@ -193,5 +211,5 @@ def test_automatic_cuts_of_a_resnet50_save_more_than_the_papers() -> None:
 def test_the_plan_prints_as_a_table() -> None:
     text = str(plan_stages(chain([24, 4, 16, 8]), torch.zeros(8, 3, 16, 16), 2))
     assert [line.split()[0] for line in text.splitlines() if line] == [
-        *("stage", "0", "1", "predicted", "end-to-end", "Greedy", "LoCo")
+        *("stage", "0", "1", "trained:", "predicted", "end-to-end", "Greedy", "LoCo")
     ]

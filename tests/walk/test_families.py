@@ -80,7 +80,7 @@ def test_a_recomputed_family_is_as_without(name: str, overlap: int) -> None:
         backbone, side = NETWORKS[name]()
     backbone = backbone.double().train()
     pair = torch.rand(2, 2, 3, side, side).unbind()
-    chain = [link.end for link in links(backbone, torch.cat(pair)) if len(link.shape) > 2]
+    chain = [link.end for link in links(backbone, torch.cat(pair)) if len(link.outlet.shape) > 2]
     stages = [chain[(k + 1) * len(chain) // 4 - 1] for k in range(4)]
     results = []
     for policy in (False, True):
