@@ -108,7 +108,7 @@ def test_imports_within_a_wing_only_point_down(wing: str) -> None:
 
 def test_there_are_few_arrows_between_the_wings() -> None:
     arrows = {(wing, other) for wing in wings() for path in files(wing) for other, *_ in imports(path) if other != wing}
-    assert len(arrows) <= 53
+    assert len(arrows) <= 60
 
 
 @pytest.mark.parametrize("wing", ALONE)

@@ -58,7 +58,11 @@ class Reduce(Accumulate):
 
     @override
     def push(
-        self, roots: Roots, weights: Sequence[Tensor], inlets: Sequence[Tensor], gradients: Sequence[Tensor] | None = None
+        self,
+        roots: Roots,
+        weights: Sequence[Tensor],
+        inlets: Sequence[Tensor],
+        gradients: Sequence[Tensor] | None = None,
     ) -> Flow:
         at_inlets = super().push(roots, weights, inlets, gradients)
         self._reduction.final(weights)

@@ -20,7 +20,7 @@ def stage_flops(plan: Plan, stage: int, pieces: Sequence[Piece]) -> float:
 
     Example:
         >>> from torch import Size
-        >>> block = Piece("0", Size([8]), 10, 0, 0, 0, 0, 0, 0, 1, 0)
+        >>> block = Piece("0", Size([8]), 10, 0, 0, 0, 0, 0, 0, 0, 1, 0)
         >>> [stage_flops(Plan.windows(3, overlap=1), stage, [block]) for stage in range(3)]
         [30.0, 43.0, 33.0]
     """

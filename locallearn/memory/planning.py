@@ -120,8 +120,8 @@ def plan_stages(
         features: as in ``LocalWrapper``.
 
     Raises:
-        ValueError: if the model does not run on ``example``, if it has not enough places, if nothing fits into the budget, or
-            if ``ranks`` does not divide ``n``.
+        ValueError: if the model does not run on ``example``, if it has not enough places, if nothing fits into the budget,
+            or if ``ranks`` does not divide ``n``.
 
     Example:
         >>> import torch
@@ -161,6 +161,18 @@ def plan_stages(
         _left_out(model, {id(weight) for weight in trained_below(ends[-1])}),
         () if ranks is None else (n // ranks,) * ranks,
     )
+
+
+def automatic(
+    model: nn.Module, plan: Plan, decoder: Decoder, checkpoint: Policy, example: Any, axis: int | None
+) -> tuple[str, ...]:
+    """The cuts that ``LocalWrapper(stages="auto")`` takes."""
+    if decoder != "auto" and (not callable(decoder) or isinstance(decoder, nn.Module)):
+        raise TypeError(f"stages='auto' needs a decoder= that makes a module from a width; got {decoder!r}")
+    overlap = max(unit.last - unit.first for unit in plan.units)
+    batch = sixty_four(model, example)
+    chosen = plan_stages(model, batch, plan.stages, overlap, decoder=decoder, checkpoint=checkpoint, channel_axis=axis)
+    return chosen.stages
 
 
 def _stages(n: int | None, overlap: int, budget: float | None, ranks: int | None) -> int:
@@ -213,18 +225,6 @@ def _misfit(sample: Sample, end: Link) -> str:
         f"decoder= fits too few outlets at which units could end. Not that of {end.end!r}: {sample.misfits[end.outlet.shape]}. "
         "Leave decoder= away, for decoders that are chosen by the outlets' shapes"
     )
-
-
-def automatic(
-    model: nn.Module, plan: Plan, decoder: Decoder, checkpoint: Policy, example: Any, axis: int | None
-) -> tuple[str, ...]:
-    """The cuts that ``LocalWrapper(stages="auto")`` takes."""
-    if decoder != "auto" and (not callable(decoder) or isinstance(decoder, nn.Module)):
-        raise TypeError(f"stages='auto' needs a decoder= that makes a module from a width; got {decoder!r}")
-    overlap = max(unit.last - unit.first for unit in plan.units)
-    batch = sixty_four(model, example)
-    chosen = plan_stages(model, batch, plan.stages, overlap, decoder=decoder, checkpoint=checkpoint, channel_axis=axis)
-    return chosen.stages
 
 
 def _peak(plan: Plan, stages: Sequence[Sequence[Piece]]) -> float:

@@ -17,7 +17,7 @@ from locallearn.memory.pieces import Piece
 
 
 def piece(flops: int, decoder: int) -> Piece:
-    return Piece(str(flops), Size([8]), flops, 0, 0, 0, 0, 0, 0, decoder, 0)
+    return Piece(str(flops), Size([8]), flops, 0, 0, 0, 0, 0, 0, 0, decoder, 0)
 
 
 @pytest.mark.parametrize(
@@ -57,5 +57,5 @@ def test_what_does_not_divide_up_is_refused() -> None:
         plan_stages(net, torch.rand(2, 3, 8, 8), 5, ranks=2, decoder=MLPDecoder)
     with pytest.raises(ValueError, match="goes without budget="):
         plan_stages(net, torch.rand(2, 3, 8, 8), budget=1e9, ranks=2, decoder=MLPDecoder)
-    with pytest.raises(ValueError, match="6 stages on 3 ranks need as many pieces"):
+    with pytest.raises(ValueError, match="6 stages need as many pieces"):
         plan_stages(net, torch.rand(2, 3, 8, 8), ranks=3, decoder=MLPDecoder)
