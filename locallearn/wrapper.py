@@ -4,28 +4,33 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from locallearn._fitting.attach import Decoder, FromOutlet, attach
+from locallearn._fitting.attach import Decoder, FromOutlet, attach, under_autocast
 from locallearn._fitting.batches import View, ViewsChangedError, concatenated, example_batch, rows, spared
 from locallearn._fitting.features import Features, Which
 from locallearn._fitting.objective import Loss, registered, unit_loss, warn_of_fp16
 from locallearn._fitting.outlets import check_graph, check_rows, probe
+from locallearn._fitting.parallel import check_parallel
 from locallearn._fitting.recomputed import Policy, runs
 from locallearn._walk.cuts import find, submodules
-from locallearn._walk.gradients import Accumulate, Accumulator, Collect
+from locallearn._walk.gradients import Accumulate, Accumulator, Collect, Reduce
 from locallearn._walk.local_pass import LocalPass
 from locallearn._walk.segment import leaves
 from locallearn._walk.trees import mapped, tensors
-from locallearn.distributed import world_size
+from locallearn._walk.uncompiled import uncompiled
+from locallearn.distributed import StageReducer, covers_the_world, world_size
 from locallearn.losses import InfoNCE
 from locallearn.plan import Plan
 from locallearn.schedules import Schedule, sequential
 from locallearn.schedules.actions import Execution
 from locallearn.sharing import Hard, Sharing
+
+Scale: TypeAlias = float | Tensor | None
 
 _SUCH_AS = {"sharing": "UpperOnly()", "plan": "Plan.windows(4, overlap=1)"}
 
@@ -121,10 +126,12 @@ class LocalWrapper(nn.Module):
             raise ValueError(f"channel_axis is 1, -1 or None; got {channel_axis}")
         submodules(model, ())  # refuses a compiled one
         check_graph(model)
+        check_parallel(model, model)
         if stages == "auto":
-            stages = _automatic(
-                model, plan or (sharing or Hard()).plan(4, overlap), decoder, checkpoint, example, channel_axis
-            )
+            from locallearn.memory.planning import automatic  # noqa: PLC0415 - slow to import, see locallearn/__init__.py
+
+            wanted = plan or (sharing or Hard()).plan(4, overlap)
+            stages = automatic(model, wanted, decoder, checkpoint, example, channel_axis)
         self.stages = find(model, stages)
         self.sharing = Hard() if sharing is None else sharing
         plan = self.sharing.plan(len(self.stages), overlap) if plan is None else plan
@@ -143,10 +150,11 @@ class LocalWrapper(nn.Module):
                 f"checkpoint=True chooses no submodule of {type(model).__name__}: it takes blocks between which one tensor "
                 "passes. Where blocks return several, name their class: checkpoint=Block"
             )
-        dtype = _under_autocast(model, tensors(batch)[0].device.type)
+        dtype = under_autocast(model, tensors(batch)[0].device.type)
         self.decoders = attach(decoder, plan, self.sharing, outlets, channel_axis, dtype, self.features)
         self.loss = registered(InfoNCE() if loss is None else loss, len(plan.units))
         self._whole = [outlet.module is not None for outlet in outlets]
+        self._reducer = StageReducer()
         self.losses = None
         self.penalty = None
 
@@ -160,11 +168,18 @@ class LocalWrapper(nn.Module):
         """In what order the plan is carried out."""
         return self._execution.schedule
 
-    def local_step(self, *views: View, targets: Any = None, grad_scale: float | Tensor | None = None) -> Tensor:
+    def local_step(
+        self,
+        *views: View,
+        targets: Any = None,
+        grad_scale: float | Tensor | None = None,
+        group: dist.ProcessGroup | None = None,
+        seed: int | None = None,
+    ) -> Tensor:
         """One forward, in which every unit is trained as soon as the schedule says; gradients are added to ``.grad``.
 
         Replaces ``loss = model(*views); loss.backward()``, without ever holding the whole network's graph. Under
-        DistributedDataParallel use :meth:`forward`, or call :func:`locallearn.distributed.average_gradients` afterwards.
+        DistributedDataParallel use :meth:`forward`; with several plain processes give a ``group``.
 
         Args:
             views: one or more batches of the same shape; the backbone sees them as one batch, the loss one by one.
@@ -174,20 +189,38 @@ class LocalWrapper(nn.Module):
             grad_scale: for fp16, ``scaler.scale(torch.ones(()))``, on the scaler's device: the gradients come out multiplied
                 by it, for the scaler's ``unscale_`` or ``step``. (``get_scale()`` says the same, but a GradScaler refuses
                 to step before it has scaled something.)
+            group: processes that train the same weights on other data, such as ``torch.distributed.group.WORLD``. In the end
+                ``.grad`` has the mean over them; a stage's gradients travel while others are still computed.
+            seed: of what dropout draws in this step, by stage and unit, as in a :class:`locallearn.pipeline.Pipeline`.
 
         Returns:
-            the units' losses, shape ``(units,)``, detached and unscaled.
+            the units' losses, shape ``(units,)``, detached and unscaled: this process's own.
         """
         if not torch.is_grad_enabled():
             raise RuntimeError("local_step trains, and gradients are disabled here; to evaluate, call model(*views)")
-        if world_size() > 1:
+        check_parallel(self, self.backbone, step=True)
+        if group is None and world_size() > 1 and not covers_the_world(self.parameters()):
             warnings.warn(
                 "local_step leaves this process's own gradients in .grad; nothing averages them over the "
-                f"{world_size()} processes. Call loss = model(*views); loss.backward() on the DistributedDataParallel "
-                "module, or locallearn.distributed.average_gradients(model.parameters()) after local_step",
+                f"{world_size()} processes. Give it those that share a model, model.local_step(*views, "
+                "group=torch.distributed.group.WORLD); or call loss = model(*views); loss.backward() on the "
+                "DistributedDataParallel module; or locallearn.distributed.average_gradients(model.parameters()) afterwards",
                 stacklevel=2,
             )
-        return self._pass(views, targets, Accumulate(), grad_scale)
+        if grad_scale is None:
+            warn_of_fp16(views)
+        return self._step(views, targets, grad_scale, group, seed)
+
+    @uncompiled
+    def _step(
+        self, views: tuple[View, ...], targets: Any, scale: Scale, group: dist.ProcessGroup | None, seed: int | None
+    ) -> Tensor:
+        if group is None:
+            return self._pass(views, targets, Accumulate(), scale, seed)
+        reduction = self._reducer.step(self.parameters(), group)
+        losses = self._pass(views, targets, Reduce(reduction), scale, seed)
+        reduction.finish()
+        return losses
 
     def forward(self, *views: View, targets: Any = None, grad_scale: float | Tensor | None = None) -> Tensor:
         """The sum of the units' losses; its backward adds the same gradients as :meth:`local_step`.
@@ -204,6 +237,13 @@ class LocalWrapper(nn.Module):
         Returns:
             a scalar. ``model.losses`` has its terms.
         """
+        if grad_scale is None and torch.is_grad_enabled():
+            warn_of_fp16(views)
+        return self._call(views, targets, grad_scale)
+
+    @uncompiled
+    def _call(self, views: tuple[View, ...], targets: Any, grad_scale: Scale) -> Tensor:
+        check_parallel(self, self.backbone)
         if not torch.is_grad_enabled():
             return self._pass(views, targets, None, None).sum()
         collected = Collect()
@@ -220,13 +260,11 @@ class LocalWrapper(nn.Module):
         views: tuple[View, ...],
         targets: Any,
         accumulator: Accumulator | None,
-        grad_scale: float | Tensor | None,
+        scale: Scale,
+        seed: int | None = None,
     ) -> Tensor:
         batch = concatenated(views, copy=self._changes_views)
         ends = submodules(self.backbone, self.stages)
-        if accumulator is not None and grad_scale is None:
-            warn_of_fp16(tensors(batch)[0].device.type)
-
         length, decoders, features_of = rows(batch), [*self.decoders], self.features
         each = [*self.loss] if isinstance(self.loss, nn.ModuleList) else [self.loss] * len(decoders)
 
@@ -240,7 +278,7 @@ class LocalWrapper(nn.Module):
 
         torch.clear_autocast_cache()  # a weight cast under no_grad before would be found there, without its graph
         local = LocalPass(
-            self.backbone, self.stages, ends, self._execution, evaluate, accumulator, grad_scale, self._runs
+            self.backbone, self.stages, ends, self._execution, evaluate, accumulator, scale, self._runs, seed
         )
         try:
             with spared(batch, views):
@@ -249,35 +287,13 @@ class LocalWrapper(nn.Module):
             self._changes_views = True
             raise
         self.losses = losses
-        self._train_penalty(ends, accumulator, grad_scale)
+        self._train_penalty(ends, accumulator, scale)
         return losses
 
-    def _train_penalty(
-        self, ends: Sequence[nn.Module], accumulator: Accumulator | None, grad_scale: float | Tensor | None
-    ) -> None:
+    def _train_penalty(self, ends: Sequence[nn.Module], accumulator: Accumulator | None, grad_scale: Scale) -> None:
         stages = [end if whole else None for end, whole in zip(ends, self._whole, strict=True)]
         with torch.set_grad_enabled(accumulator is not None):
             penalty = self.sharing.penalty(self.decoders, stages)
             self.penalty = None if penalty is None else penalty.detach()
             if accumulator is not None and penalty is not None and penalty.requires_grad:
                 accumulator.push(penalty if grad_scale is None else penalty * grad_scale, leaves(penalty), ())
-
-
-def _under_autocast(model: nn.Module, device: str) -> torch.dtype | None:
-    """Under autocast an outlet's dtype does not tell that of weights."""
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
-        return None
-    return next((weight.dtype for weight in model.parameters() if weight.is_floating_point()), None)
-
-
-def _automatic(
-    model: nn.Module, plan: Plan, decoder: Decoder, checkpoint: Policy, example: Any, axis: int | None
-) -> tuple[str, ...]:
-    if decoder != "auto" and (not callable(decoder) or isinstance(decoder, nn.Module)):
-        raise TypeError(f"stages='auto' needs a decoder= that makes a module from a width; got {decoder!r}")
-    from locallearn.memory.planning import plan_stages, sixty_four  # noqa: PLC0415 - slow to import, see locallearn/__init__.py
-
-    overlap = max(unit.last - unit.first for unit in plan.units)
-    batch = sixty_four(model, example)
-    chosen = plan_stages(model, batch, plan.stages, overlap, decoder=decoder, checkpoint=checkpoint, channel_axis=axis)
-    return chosen.stages

@@ -16,7 +16,7 @@ FLOORS = [  # what stands further down may import neither what stands above it n
     {"__init__", "measure"},
     {"__main__"},
     {"command_line"},
-    {"diagnosis"},
+    {"diagnosis", "pipeline"},
     {"testing"},
     {"wrapper"},
     {"memory"},
@@ -34,11 +34,11 @@ INSIDE = {  # likewise within a wing
         {"writes"},
         {"sameness", "gradients"},
         {"segment"},
-        {"undo", "hooks", "named", "trees"},
+        {"undo", "hooks", "named", "trees", "uncompiled", "draws"},
     ],
     "_fitting": [
         {"attach", "recomputed"},
-        {"chain", "objective"},
+        {"chain", "objective", "parallel"},
         {"outlets"},
         {"channels", "quiet", "features", "batches"},
     ],
@@ -47,7 +47,21 @@ INSIDE = {  # likewise within a wing
         {"kept", "reading", "taps", "watch"},
         {"measures", "picture"},
     ],
-    "memory": [{"planning"}, {"predict", "rule"}, {"pieces", "places"}, {"scaled", "between"}, {"count", "fakes"}],
+    "pipeline": [
+        {"pipeline"},
+        {"neighbours"},
+        {"fit", "wire"},
+        {"part", "rank_pass", "owners", "messages", "norms", "state", "late"},
+        {"share"},
+    ],
+    "distributed": [{"reducer"}, {"averages"}, {"rows"}],
+    "memory": [
+        {"planning"},
+        {"predict", "rule", "balance"},
+        {"pieces", "places"},
+        {"scaled", "between"},
+        {"count", "fakes"},
+    ],
     "testing": [{"comparison"}, {"reference"}, {"copies"}],
 }
 ALONE = {"decoders": set(), "models": set(), "plan": set(), "distributed": set(), "losses": {"distributed"}}
@@ -100,7 +114,7 @@ def test_imports_within_a_wing_only_point_down(wing: str) -> None:
 
 def test_there_are_few_arrows_between_the_wings() -> None:
     arrows = {(wing, other) for wing in wings() for path in files(wing) for other, *_ in imports(path) if other != wing}
-    assert len(arrows) <= 53
+    assert len(arrows) <= 60
 
 
 @pytest.mark.parametrize("wing", ALONE)

@@ -26,10 +26,10 @@ class Training:
     """What a step changes, and so what a checkpoint holds."""
 
     model: LocalWrapper
-    monitor: Monitor
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     scaler: torch.amp.GradScaler
+    monitor: Monitor | None = None
     step: int = 0
     seconds: float = 0.0
 
@@ -93,13 +93,8 @@ def new_training(args: argparse.Namespace, image_size: int, steps: int) -> Train
     model.to(memory_format=torch.channels_last)
     trained = optimizer(args.optimizer, model, args.lr, args.weight_decay)
     scheduler = warm_up_and_cosine(trained, round(args.warm_up * steps / args.epochs), steps)
-    return Training(
-        model,
-        Monitor(model, every=1),
-        trained,
-        scheduler,
-        torch.amp.GradScaler(args.device.type, enabled=args.amp == "fp16"),
-    )
+    scaler = torch.amp.GradScaler(args.device.type, enabled=args.amp == "fp16")
+    return Training(model, trained, scheduler, scaler, Monitor(model, every=1))
 
 
 def freeze_above(backbone: nn.Module, top: str, image_size: int) -> None:
@@ -140,5 +135,6 @@ def local_gradients(
                 total = parallel(*views, targets=targets, grad_scale=scale)
             (total * (scale / args.accumulate)).backward()
         losses = model.losses
+    assert training.monitor is not None
     seen = training.monitor.measured()
     return torch.stack([losses, seen["top1"], seen["spread"]])

@@ -93,6 +93,13 @@ class _Read(nn.Module):
         return self.features(outlet)
 
 
+def under_autocast(model: nn.Module, device: str) -> torch.dtype | None:
+    """Under autocast an outlet's dtype does not tell that of weights."""
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return None
+    return next((weight.dtype for weight in model.parameters() if weight.is_floating_point()), None)
+
+
 class _ChannelsFirst(nn.Module):
     """``Rearrange`` of ``einops.layers.torch``, whose import takes a second where torch is older than 2.8."""
 

@@ -9,6 +9,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from locallearn._walk.trees import tensors
+
 Loss: TypeAlias = Callable[..., Tensor]
 
 
@@ -76,11 +78,13 @@ class _Function(nn.Module):
         return self.function(*outputs)
 
 
-def warn_of_fp16(device: str) -> None:
+def warn_of_fp16(views: Sequence[object]) -> None:
+    """To be called by what the user calls."""
+    device = next((tensor.device.type for view in views for tensor in tensors(view)), "cpu")
     available = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     if available and torch.get_autocast_dtype(device) == torch.float16:
         warnings.warn(
             "fp16 autocast without grad_scale=: the local backward runs on unscaled losses, and small gradients are lost. Pass "
             "grad_scale=scaler.get_scale() to model(*views), or grad_scale=scaler.scale(torch.ones(())) to local_step",
-            stacklevel=4,
+            stacklevel=3,
         )

@@ -7,10 +7,11 @@ from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from locallearn._walk.segment import Flow, flow
 from locallearn._walk.undo import Reverted
-from locallearn.distributed import in_use
+from locallearn.distributed import Reduction, in_use
 
 Roots: TypeAlias = Tensor | Sequence[Tensor]
 
@@ -46,6 +47,25 @@ class Accumulate:
         at_inlets = flow([inlet.grad for inlet in inlets])
         for inlet in inlets:
             inlet.grad = None
+        return at_inlets
+
+
+class Reduce(Accumulate):
+    """Adds to ``.grad``, and hands on what is final to be averaged over several processes."""
+
+    def __init__(self, reduction: Reduction) -> None:
+        self._reduction = reduction
+
+    @override
+    def push(
+        self,
+        roots: Roots,
+        weights: Sequence[Tensor],
+        inlets: Sequence[Tensor],
+        gradients: Sequence[Tensor] | None = None,
+    ) -> Flow:
+        at_inlets = super().push(roots, weights, inlets, gradients)
+        self._reduction.final(weights)
         return at_inlets
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
 from locallearn._walk.cuts import check_order, checked, hooked
+from locallearn._walk.draws import draws
 from locallearn._walk.gradients import Accumulator
 from locallearn._walk.hooks import has_backward_hooks
 from locallearn._walk.isolation import Isolation
@@ -38,6 +39,7 @@ class LocalPass:
         scale: a factor on every loss before its backward.
         runs: the submodules that are recomputed instead of kept, and what is known of them, see
             :mod:`locallearn._walk.recompute`.
+        seed: of the random numbers of stages and units, see :mod:`locallearn._walk.draws`.
     """
 
     def __init__(
@@ -50,12 +52,13 @@ class LocalPass:
         accumulator: Accumulator | None,
         scale: float | Tensor | None = None,
         runs: Mapping[Run, Learnt] = MappingProxyType({}),
+        seed: int | None = None,
     ) -> None:
         self._backbone, self._cuts, self._ends, self._units = backbone, cuts, ends, execution.plan.units
         self._actions = deque(execution.actions)
         self._last_uses, self._spanning = execution.last_uses, execution.spanning
         self._evaluate, self._accumulator, self._scale = evaluate, accumulator, scale
-        self._runs = possible(backbone, runs)
+        self._runs, self._draws = possible(backbone, runs), draws(seed, backbone)
         self._watched = accumulator is not None and has_backward_hooks(*backbone.modules())
         self._highest = max(self._last_uses)  # what lies above needs no graph
         self._isolation = Isolation(backbone, cuts)
@@ -73,9 +76,15 @@ class LocalPass:
         """Runs the backbone on ``batch`` and returns the units' losses, detached scalars."""
         cuts = hooked(self._ends, self._outlet)
         try:
-            with torch.set_grad_enabled(self._accumulator is not None), cuts, cuts as concerned:  # twice, see Reverted
+            with (
+                torch.set_grad_enabled(self._accumulator is not None),
+                self._draws as self._draw,
+                cuts,
+                cuts as concerned,  # twice, see Reverted
+            ):
                 parts = recomputed(self._backbone, self._runs, concerned)
                 with parts, parts:
+                    self._draw("stage", 0)
                     called(self._backbone, batch)
         except CheckpointError as error:
             raise RuntimeError(
@@ -128,6 +137,7 @@ class LocalPass:
             torch.set_grad_enabled(False)
         elif not isinstance(outlet, Tensor):
             self._overlapping = overlapping(outlet)
+        self._draw("stage", stage + 1)
         return handed_on
 
     def _due(self, stage: int, outlet: Any) -> Any:
@@ -171,6 +181,7 @@ class LocalPass:
             )
         asked = self._walks_below(unit, unit.last + 1)
         inlets, outlet = cut(segment.outlet, differentiable=asked, onward=False)
+        self._draw("unit", k)
         try:
             loss = self._evaluate(k, outlet)
         except RuntimeError as error:

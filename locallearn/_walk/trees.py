@@ -11,28 +11,29 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 
-def mapped(function: Callable[[Tensor], Any], tree: Any) -> Any:
+def mapped(function: Callable[[Any], Any], tree: Any, kind: type = Tensor) -> Any:
     """``tree`` with ``function(tensor)`` in place of each of its tensors, in order; everything else stays what it is.
 
-    Dataclasses that nobody has registered with torch are gone through by their fields.
+    Dataclasses that nobody has registered with torch are gone through by their fields. ``kind`` is what is looked for, if not
+    tensors.
 
     Example:
         >>> import torch
         >>> mapped(lambda tensor: tensor.shape, {"maps": [torch.zeros(2, 3)], "size": 5, "mask": None})
         {'maps': [torch.Size([2, 3])], 'size': 5, 'mask': None}
     """
-    if isinstance(tree, Tensor):
+    if isinstance(tree, kind):
         return function(tree)
 
     def leaf(value: Any) -> Any:
-        if isinstance(value, Tensor):
+        if isinstance(value, kind):
             return function(value)
         if not is_dataclass(value) or isinstance(value, type):
             return value
         again = copy(value)
         for field in fields(value):
             if hasattr(value, field.name):
-                object.__setattr__(again, field.name, mapped(function, getattr(value, field.name)))
+                object.__setattr__(again, field.name, mapped(function, getattr(value, field.name), kind))
         return again
 
     return tree_map(leaf, tree)

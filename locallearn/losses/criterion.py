@@ -20,6 +20,7 @@ class InfoNCE(nn.Module):
     cannot, and is refused: save the `state_dict`.
 
     Example:
+        >>> import torch
         >>> loss = InfoNCE(temperature=0.2)
         >>> loss(torch.ones(4, 8), torch.ones(4, 8))
         tensor(1.9459)

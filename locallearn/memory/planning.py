@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from math import ceil, inf
 from typing import Any
 
@@ -17,6 +17,7 @@ from locallearn._fitting.features import Features, Which
 from locallearn._fitting.outlets import check_graph
 from locallearn._fitting.recomputed import Policy, runs
 from locallearn._walk.trees import mapped
+from locallearn.memory.balance import balanced, stage_flops
 from locallearn.memory.between import between, hands_on
 from locallearn.memory.pieces import Piece, Sample
 from locallearn.memory.places import places
@@ -35,6 +36,7 @@ class StagePlan:
         pieces: what the stages are made of, stage by stage.
         recomputed: the same pieces under ``checkpoint=``.
         left_out: submodules whose weights lie behind the last cut, or beside all stages, and are not trained.
+        ranks: how many stages each process of a :class:`locallearn.pipeline.Pipeline` gets, if they were chosen for one.
     """
 
     stages: tuple[str, ...]
@@ -42,6 +44,7 @@ class StagePlan:
     pieces: tuple[tuple[Piece, ...], ...]
     recomputed: tuple[tuple[Piece, ...], ...]
     left_out: tuple[str, ...] = ()
+    ranks: tuple[int, ...] = ()
 
     def peak(self, overlap: int | None = None, *, checkpoint: bool = False) -> float:
         """The predicted peak of live bytes of a step, without weights, their gradients and the images.
@@ -73,16 +76,22 @@ class StagePlan:
             lines.append(
                 f"{name:34} {peaks[0] / 1e6:>8,.0f} {base / peaks[0]:>6.2f}x {peaks[1] / 1e6:>11,.0f} {base / peaks[1]:>6.2f}x"
             )
+        if self.ranks:
+            costs = [stage_flops(self.plan, s, stage) for s, stage in enumerate(self.pieces)]
+            ends = list(accumulate(self.ranks, initial=0))
+            shares = [f"{sum(costs[a:b]) / sum(costs):.1%}" for a, b in pairwise(ends)]
+            lines += ["", f"FLOPs of a step, rank by rank: {', '.join(shares)}"]
         return "\n".join(lines)
 
 
 def plan_stages(
     model: nn.Module,
     example: View | Sequence[View] | None = None,
-    n: int = 4,
+    n: int | None = None,
     overlap: int = 1,
     budget: float | None = None,
     *,
+    ranks: int | None = None,
     decoder: Decoder = "auto",
     checkpoint: Policy = False,
     channel_axis: int | None = None,
@@ -99,17 +108,21 @@ def plan_stages(
         model: the backbone; it is left as it is.
         example: a batch as large as those that will be trained on, all views in one, or a list of views; as in
             ``LocalWrapper``. By default 64 RGB images of 224 pixels, such as two views of 32.
-        n: how many stages.
+        n: how many stages; 4 by default, or ``overlap + 1`` a rank.
         overlap: how many of them neighbouring units share.
         budget: ``None`` looks for the lowest peak, and for even computation among those cuts that share it. A number of
             bytes looks for the most even computation among the cuts whose peak fits; ``math.inf`` for that alone.
+        ranks: for a pipeline of as many processes, each of which gets ``n / ranks`` stages: looks for the cuts with which the
+            one that has most to compute has least. A rank computes its forwards, the gradients of its weights, one input
+            gradient for each unit that walks on, and its decoders.
         decoder: as in ``LocalWrapper``, but no list.
         checkpoint: as in ``LocalWrapper``: with it, the cuts are chosen for what is recomputed.
         channel_axis: as in ``LocalWrapper``.
         features: as in ``LocalWrapper``.
 
     Raises:
-        ValueError: if the model does not run on ``example``, if it has not enough places, or if nothing fits into the budget.
+        ValueError: if the model does not run on ``example``, if it has not enough places, if nothing fits into the budget,
+            or if ``ranks`` does not divide ``n``.
 
     Example:
         >>> import torch
@@ -118,6 +131,7 @@ def plan_stages(
         ('2', '3', '5')
     """
     check_graph(model)
+    n = _stages(n, overlap, budget, ranks)
     batch = sixty_four(model, None) if example is None else example_batch(model, example)
     sample = Sample(model, batch, features=Features(features))
     found = runs(model, (), checkpoint or True, sample.inputs, [link for link in sample.chain if len(link.forms) == 1])
@@ -134,7 +148,10 @@ def plan_stages(
         for piece, known in zip(lean, plain, strict=True)
     ]
     plan = Plan.windows(n, overlap)
-    best = _best(plan, lean if checkpoint else plain, inf if budget is None else budget, peak_first=budget is None)
+    if ranks is None:
+        best = _best(plan, lean if checkpoint else plain, inf if budget is None else budget, peak_first=budget is None)
+    else:
+        best = balanced(plain, plan, ranks)
     if not best:
         raise ValueError(
             _misfit(sample, [end for end, piece in zip(ends, plain, strict=True) if piece.train == inf][-1])
@@ -146,7 +163,33 @@ def plan_stages(
         tuple(tuple(plain[a:b]) for a, b in pairwise(bounds)),
         tuple(tuple(lean[a:b]) for a, b in pairwise(bounds)),
         _left_out(model, {id(weight) for weight in between(ends[-1]).weights}),
+        () if ranks is None else (n // ranks,) * ranks,
     )
+
+
+def automatic(
+    model: nn.Module, plan: Plan, decoder: Decoder, checkpoint: Policy, example: Any, axis: int | None
+) -> tuple[str, ...]:
+    """The cuts that ``LocalWrapper(stages="auto")`` takes."""
+    if decoder != "auto" and (not callable(decoder) or isinstance(decoder, nn.Module)):
+        raise TypeError(f"stages='auto' needs a decoder= that makes a module from a width; got {decoder!r}")
+    overlap = max(unit.last - unit.first for unit in plan.units)
+    batch = sixty_four(model, example)
+    chosen = plan_stages(model, batch, plan.stages, overlap, decoder=decoder, checkpoint=checkpoint, channel_axis=axis)
+    return chosen.stages
+
+
+def _stages(n: int | None, overlap: int, budget: float | None, ranks: int | None) -> int:
+    if ranks is None:
+        return 4 if n is None else n
+    if ranks < 1 or budget is not None:
+        raise ValueError(
+            f"ranks is how many processes a pipeline has, and goes without budget=; got {ranks=}, {budget=}"
+        )
+    n = ranks * (overlap + 1) if n is None else n
+    if n % ranks:
+        raise ValueError(f"each of {ranks} ranks gets as many stages; {n} cannot be divided up like that")
+    return n
 
 
 def sixty_four(model: nn.Module, example: View | Sequence[View] | None) -> Any:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from oracle import assert_same, gradients
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -60,10 +58,7 @@ def mean_gradients(step: int) -> dict[str, Tensor]:
     return {name: torch.stack([g[name] for g in each]).mean(0) for name in each[0]}
 
 
-def work(rank: int, store: str, expected: list[dict[str, Tensor]]) -> None:
-    torch.set_default_dtype(torch.float64)
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
+def work(rank: int, expected: list[dict[str, Tensor]]) -> None:
     assert world_size() == WORLD
 
     options: list[dict[str, Any]] = [{}, {"static_graph": True}, {"find_unused_parameters": True}]
@@ -99,14 +94,11 @@ def work(rank: int, store: str, expected: list[dict[str, Tensor]]) -> None:
     assert torch.equal(partly[0].grad, torch.full((3,), 2.0))  # type: ignore[arg-type]
     assert torch.equal(partly[1].grad, torch.full((2, 2), 0.5))  # type: ignore[arg-type]
     assert partly[2].grad is None
-    dist.destroy_process_group()
 
 
 def test_gradients_are_the_mean_of_the_processes(tmp_path: Path) -> None:
     expected = [mean_gradients(step) for step in range(3)]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what spawning itself warns of
-        mp.spawn(work, (str(tmp_path / "store"), expected), nprocs=WORLD)
+    processes.run(work, WORLD, tmp_path, expected)
 
 
 def test_one_process_averages_nothing_and_does_not_warn() -> None:
