@@ -60,7 +60,14 @@ def _lines(rows: Rows, missing: Sequence[str]) -> Iterator[str]:
             told = row.get("failed") or "; ".join(row["wrong"]) or f"computed in {row['dtype']}"
             yield f"| {_short(name)} | {_cell(told, 400)} |"
     if missing:
-        yield from ["", "## Not tried yet", "", f"{', '.join(missing)}."]
+        yield from [
+            "",
+            "## Not tried yet",
+            "",
+            "The command above goes on where it ended.",
+            "",
+            f"{', '.join(missing)}.",
+        ]
 
 
 def _summary(rows: Rows, right: Rows, no: Rows, other: Rows) -> Iterator[str]:
@@ -87,8 +94,8 @@ HOW = """\
 Find your network, and give `LocalWrapper(model, ...)` what is under "write". An error is the largest relative error of any
 parameter's gradient, relative to its norm, or to a millionth of the largest norm where that is more: the larger ones are those of
 gradients that are nothing but rounding, as of a bias before BatchNorm. `checkpoint=True` is tried first, and where it is refused
-a class of blocks, which is named. "Auto" is what `stages="auto"` takes, on the CPU. Where your network is not listed, or cut
-elsewhere, [one call](testing.md) tells the same of it.
+a class of blocks, which is named; errors are those of `local_step`. "Auto" is what `stages="auto"` takes at that size, on one CPU.
+Where your network is not listed, or cut elsewhere, [one call](testing.md) tells the same of it.
 
 Written by `python benchmarks/works_with.py --write docs`: networks with random weights, in training mode, on small inputs."""
 
