@@ -117,7 +117,7 @@ class Plan:
             unit 1        #  #
             unit 2           #  #
         """
-        stages, overlap = index(stages), index(overlap)
+        stages, overlap = _whole("stages", stages), _whole("overlap", overlap)
         if stages < 1:
             raise ValueError(f"a plan needs at least one stage; got stages={stages}")
         if overlap < 0:
@@ -242,3 +242,10 @@ class Plan:
             row = "".join(f"{mark:>{2 if s == 0 else width}}" for s, mark in enumerate(marks))
             lines.append((f"unit {k}".ljust(label + 7) + row).rstrip())
         return "\n".join(lines)
+
+
+def _whole(name: str, value: object) -> int:
+    try:
+        return index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name} is a whole number; got {value!r}") from None

@@ -19,7 +19,7 @@ from locallearn._fitting.recomputed import Policy, runs
 from locallearn._walk.trees import mapped
 from locallearn.memory.balance import balanced, stage_flops
 from locallearn.memory.pieces import Piece, Sample, trained_below
-from locallearn.memory.places import places
+from locallearn.memory.places import places, trained
 from locallearn.memory.predict import predict
 from locallearn.plan import Plan
 from locallearn.schedules import sequential
@@ -136,7 +136,7 @@ def plan_stages(
     found = runs(model, (), checkpoint or True, sample.inputs, [link for link in sample.chain if len(link.forms) == 1])
     ends = places(model, sample.chain, sample.rows, found)
     if len(ends) < n:
-        raise ValueError(_too_few(model, sample, n, [end.end for end in ends]))
+        raise ValueError(_too_few(model, sample, n, ends))
     plain, lean = sample.pieces(ends, found)
     plain = [sample.decoded(piece, end, decoder, channel_axis) for piece, end in zip(plain, ends, strict=True)]
     lean = [
@@ -209,8 +209,14 @@ def _left_out(model: nn.Module, reached: Collection[int]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _too_few(model: nn.Module, sample: Sample, n: int, ends: Sequence[str]) -> str:
-    told = f"{n} stages need as many pieces, but the model can only be cut after {list(ends)}"
+def _too_few(model: nn.Module, sample: Sample, n: int, ends: Sequence[Link]) -> str:
+    told = f"{n} stages need as many pieces, but the model can only be cut after {[end.end for end in ends]}"
+    behind = sample.chain[sample.chain.index(ends[-1]) + 1 :] if ends else []
+    if any(len(link.outlet.shape) > 2 and trained(model, link) for link in behind):
+        return (
+            f"{told}: what follows sees maps of a single position, which a pooling makes, too. Give larger inputs (example=), or "
+            "name the stages"
+        )
     below = longest(model, sample.inputs, Features())
     if len(below) > len(sample.chain) and len(below) >= n:
         told += (

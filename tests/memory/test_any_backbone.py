@@ -347,3 +347,11 @@ def test_a_graph_with_its_edges_is_counted_as_it_is() -> None:
     graph = (torch.rand(6, 5), torch.randint(6, (2, 9)))
     assert plan_stages(Convolve(), graph, 3).stages == ("layers.0", "layers.1", "layers.2")
     assert stages_of(Convolve(), 3, graph) == ("layers.0", "layers.1", "layers.2")
+
+
+def test_tiny_images() -> None:
+    assert LocalWrapper(models.resnet18(), "auto", example=torch.rand(4, 3, 2, 2)).stages[-1] != "fc"
+    with pytest.raises(
+        ValueError, match=r"cut after \['relu'\]: what follows sees maps of a single position.*larger inputs"
+    ):
+        LocalWrapper(models.resnet18(), "auto", example=torch.rand(4, 3, 4, 4))
