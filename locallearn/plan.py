@@ -5,6 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import index
+from typing import Any
+
+
+def whole(name: str, value: Any, least: int = 0) -> int:
+    """``value`` as an ``int``, where it is a whole number from ``least`` up.
+
+    Raises:
+        TypeError: if it is no whole number.
+        ValueError: if it is less.
+    """
+    try:
+        number = index(value)
+    except TypeError:
+        raise TypeError(f"{name} is a whole number, at least {least}; got {value!r}") from None
+    if number < least:
+        raise ValueError(f"{name} is a whole number, at least {least}; got {number}")
+    return number
 
 
 @dataclass(frozen=True)
