@@ -5,6 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import index
+from typing import Any
+
+
+def whole(name: str, value: Any, least: int | None = 0) -> int:
+    """``value`` as an ``int``, where it is a whole number from ``least`` up; ``None`` for any.
+
+    Raises:
+        TypeError: if it is no whole number.
+        ValueError: if it is less.
+    """
+    try:
+        number = index(value)
+    except TypeError:
+        at_least = "" if least is None else f", at least {least}"
+        raise TypeError(f"{name} is a whole number{at_least}; got {value!r}") from None
+    if least is not None and number < least:
+        raise ValueError(f"{name} is a whole number, at least {least}; got {number}")
+    return number
 
 
 @dataclass(frozen=True)
@@ -117,7 +135,7 @@ class Plan:
             unit 1        #  #
             unit 2           #  #
         """
-        stages, overlap = _whole("stages", stages), _whole("overlap", overlap)
+        stages, overlap = whole("stages", stages, None), whole("overlap", overlap, None)
         if stages < 1:
             raise ValueError(f"a plan needs at least one stage; got stages={stages}")
         if overlap < 0:
@@ -242,10 +260,3 @@ class Plan:
             row = "".join(f"{mark:>{2 if s == 0 else width}}" for s, mark in enumerate(marks))
             lines.append((f"unit {k}".ljust(label + 7) + row).rstrip())
         return "\n".join(lines)
-
-
-def _whole(name: str, value: object) -> int:
-    try:
-        return index(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise TypeError(f"{name} is a whole number; got {value!r}") from None

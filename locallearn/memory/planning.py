@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from math import ceil, inf
+from numbers import Real
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,8 +21,8 @@ from locallearn._walk.trees import mapped
 from locallearn.memory.balance import balanced, stage_flops
 from locallearn.memory.pieces import Piece, Sample, trained_below
 from locallearn.memory.places import places, trained
-from locallearn.memory.predict import predict
-from locallearn.plan import Plan
+from locallearn.memory.predict import predict, size
+from locallearn.plan import Plan, whole
 from locallearn.schedules import sequential
 
 
@@ -120,6 +121,7 @@ def plan_stages(
         features: as in ``LocalWrapper``.
 
     Raises:
+        TypeError: if ``n``, ``overlap`` or ``ranks`` is no whole number, or ``budget`` no number.
         ValueError: if the model does not run on ``example``, if it has not enough places, if nothing fits into the budget,
             or if ``ranks`` does not divide ``n``.
 
@@ -176,8 +178,15 @@ def automatic(
 
 
 def _stages(n: int | None, overlap: int, budget: float | None, ranks: int | None) -> int:
+    overlap = whole("overlap", overlap)
+    n = None if n is None else whole("n, the number of stages,", n, 1)
+    if budget is not None and (isinstance(budget, bool) or not isinstance(budget, Real)):
+        raise TypeError(f"budget is a number of bytes, such as 8e9; got {budget!r}")
+    if budget is not None and not budget > 0:
+        raise ValueError(f"budget is a number of bytes, more than 0; got {budget}")
     if ranks is None:
-        return 4 if n is None else n
+        return Plan.windows(4 if n is None else n, overlap).stages
+    ranks = whole("ranks", ranks)
     if ranks < 1 or budget is not None:
         raise ValueError(
             f"ranks is how many processes a pipeline has, and goes without budget=; got {ranks=}, {budget=}"
@@ -278,7 +287,7 @@ def _best(plan: Plan, pieces: Sequence[Piece], budget: float, *, peak_first: boo
             return ()
         least = _peak(plan, [pieces[a:b] for a, b in pairwise((0, *ends))])
         raise ValueError(
-            f"no cuts into {n} stages with overlap {overlap} fit into {budget / 1e6:,.0f} MB; the least is "
-            f"{least / 1e6:,.0f} MB. Try more stages, less overlap, or checkpoint=True"
+            f"no cuts into {n} stages with overlap {overlap} fit into {size(budget)}; the least is {size(least)}. "
+            "Try more stages, less overlap, or checkpoint=True"
         )
     return best[2]
