@@ -5,6 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import index
+from typing import Any
+
+
+def whole(name: str, value: Any, least: int | None = 0) -> int:
+    """``value`` as an ``int``, where it is a whole number from ``least`` up; ``None`` for any.
+
+    Raises:
+        TypeError: if it is no whole number.
+        ValueError: if it is less.
+    """
+    try:
+        number = index(value)
+    except TypeError:
+        at_least = "" if least is None else f", at least {least}"
+        raise TypeError(f"{name} is a whole number{at_least}; got {value!r}") from None
+    if least is not None and number < least:
+        raise ValueError(f"{name} is a whole number, at least {least}; got {number}")
+    return number
 
 
 @dataclass(frozen=True)
@@ -117,7 +135,7 @@ class Plan:
             unit 1        #  #
             unit 2           #  #
         """
-        stages, overlap = index(stages), index(overlap)
+        stages, overlap = whole("stages", stages, None), whole("overlap", overlap, None)
         if stages < 1:
             raise ValueError(f"a plan needs at least one stage; got stages={stages}")
         if overlap < 0:

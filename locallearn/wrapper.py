@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from locallearn._fitting.attach import Decoder, FromOutlet, attach, under_autocast
 from locallearn._fitting.batches import View, ViewsChangedError, concatenated, example_batch, rows, spared
 from locallearn._fitting.features import Features, Which
-from locallearn._fitting.objective import Loss, registered, unit_loss, warn_of_fp16
+from locallearn._fitting.objective import Loss, check_scale, registered, unit_loss, warn_of_fp16
 from locallearn._fitting.outlets import check_graph, check_rows, probe
 from locallearn._fitting.parallel import check_parallel
 from locallearn._fitting.recomputed import Policy, runs
@@ -276,6 +276,7 @@ class LocalWrapper(nn.Module):
             read = outlet if isinstance(decoder, FromOutlet) else features
             return unit_loss(k, decoder, each[k], len(views), targets, read)
 
+        check_scale(scale)
         torch.clear_autocast_cache()  # a weight cast under no_grad before would be found there, without its graph
         local = LocalPass(
             self.backbone, self.stages, ends, self._execution, evaluate, accumulator, scale, self._runs, seed

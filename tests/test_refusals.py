@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -465,3 +466,43 @@ def test_reentrant_checkpointing_is_refused() -> None:
     backbone = nn.Sequential(conv(3, 3), Checkpointed(reentrant=True, inside=True))
     with pytest.raises(RuntimeError, match="use_reentrant=False"):
         wrap(backbone, ["0", "1.end_a", "1.end_b"])
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"overlap": "1"}, TypeError, "overlap is a whole number; got '1'"),
+        ({"overlap": 1.5}, TypeError, "overlap is a whole number; got 1.5"),
+        ({"schedule": "fused"}, TypeError, "such as locallearn.sequential or locallearn.fused; got 'fused'"),
+        ({"schedule": lambda plan: None}, TypeError, "Forward and Train actions in their order; got None"),
+        ({"example": 3}, TypeError, "a list of views; got 3"),
+        ({"example": torch.rand(0, 3, 8, 8)}, ValueError, "a batch without anything in it"),
+        ({"stages": "auto", "example": torch.rand(0, 3, 8, 8)}, ValueError, "a batch without anything in it"),
+    ],
+    ids=lambda value: str(value)[:40] if not isinstance(value, dict) else " ".join(value),
+)
+def test_arguments_of_another_kind(options: dict[str, Any], kind: type[Exception], message: str) -> None:
+    net = nn.Sequential(*(nn.Conv2d(3, 3, 3, padding=1) for _ in range(3)))
+    with pytest.raises(kind, match=re.escape(message)):
+        LocalWrapper(net, **{"stages": [0, 1, 2], "example": torch.rand(2, 3, 8, 8), **options})
+
+
+@pytest.mark.parametrize(
+    ("scale", "kind", "message"),
+    [
+        ("a", TypeError, "a number, such as scaler.get_scale(); got 'a'"),
+        (0.0, ValueError, "more than 0, and finite; got 0.0"),
+        (-1, ValueError, "got -1"),
+        (float("inf"), ValueError, "got inf"),
+        (torch.ones(2), ValueError, "a tensor of shape (2,)"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("entry", ["local_step", "forward"])
+def test_scales_that_are_none(scale: Any, kind: type[Exception], message: str, entry: str) -> None:
+    net = nn.Sequential(*(nn.Conv2d(3, 3, 3, padding=1) for _ in range(3)))
+    views = torch.rand(2, 2, 3, 8, 8).unbind()
+    model = LocalWrapper(net, [0, 1, 2], example=views[0])
+    with pytest.raises(kind, match=re.escape(message)):
+        getattr(model, entry)(*views, grad_scale=scale)
+    assert all(weight.grad is None for weight in model.parameters())

@@ -94,7 +94,7 @@ HOW = """\
 Find your network, and give `LocalWrapper(model, ...)` what is under "write". An error is the largest relative error of any
 parameter's gradient, relative to its norm, or to a millionth of the largest norm where that is more: the larger ones are those of
 gradients that are nothing but rounding, as of a bias before BatchNorm. `checkpoint=True` is tried first, and where it is refused
-a class of blocks, which is named; errors are those of `local_step`. "Auto" is what `stages="auto"` takes at that size, on one CPU.
+a class of blocks, which is named; errors are those of `local_step`. "Auto" is what `stages="auto"` takes at that size, on a CPU.
 Where your network is not listed, or cut elsewhere, [one call](testing.md) tells the same of it.
 
 Written by `python benchmarks/works_with.py --write docs`: networks with random weights, in training mode, on small inputs."""

@@ -178,9 +178,15 @@ def example_batch(backbone: nn.Module, example: View | Sequence[View] | None) ->
 
     A list is one of views; a tuple or a mapping is one view.
     """
-    if isinstance(example, Tensor):
-        return example
+    if example is not None and not isinstance(example, Tensor):
+        if not isinstance(example, tuple | Mapping | Sequence):
+            raise TypeError(
+                f"example is a view, a tensor, tuple or mapping of tensors, or a list of views; got {example!r}"
+            )
+        example = concatenated([example] if isinstance(example, tuple | Mapping) else list(example), copy=True)
     if example is not None:
-        return concatenated([example] if isinstance(example, tuple | Mapping) else list(example), copy=True)
+        if rows(example) == 0:
+            raise ValueError("example is a batch without anything in it; give two inputs at least")
+        return example
     weight = next((t for t in backbone.parameters() if t.is_floating_point()), torch.empty(0))
     return torch.zeros(2, 3, 224, 224, dtype=weight.dtype, device=weight.device)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from math import inf
+from numbers import Real
 from typing import Any, TypeAlias
 
 import torch
@@ -88,3 +90,20 @@ def warn_of_fp16(views: Sequence[object]) -> None:
             "grad_scale=scaler.get_scale() to model(*views), or grad_scale=scaler.scale(torch.ones(())) to local_step",
             stacklevel=3,
         )
+
+
+def check_scale(scale: float | Tensor | None) -> None:
+    """Checks what losses are to be multiplied by; the value of a tensor is not looked at, which might wait for a GPU.
+
+    Raises:
+        TypeError: if it is no number.
+        ValueError: if it is not one, or not more than 0 and finite.
+    """
+    if isinstance(scale, Tensor):
+        if scale.numel() != 1:
+            raise ValueError(f"grad_scale is one number, the scaler's; got a tensor of shape {tuple(scale.shape)}")
+    elif scale is not None:
+        if not isinstance(scale, Real):
+            raise TypeError(f"grad_scale is a number, such as scaler.get_scale(); got {scale!r}")
+        if not 0 < scale < inf:
+            raise ValueError(f"grad_scale is more than 0, and finite; got {scale}")

@@ -91,10 +91,10 @@ class Replay:
 
     def _second(self, stepped: bool, args: Any, kwargs: Any) -> Any:
         if self._other_state is None:
-            return self._run(*args, **kwargs)
+            return self._run_again(*args, **kwargs)
         other_state = OtherState(self._parts)
         with Writes():  # as the first time: compiled code runs as it was written under such a mode
-            result = self._run(*args, **kwargs)
+            result = self._run_again(*args, **kwargs)
         if not stepped:
             self._check(samples(result), self._other_state, other_state.changed())
         self._learnt.same = True
@@ -159,6 +159,20 @@ class Replay:
                 self._again.discard(here)
 
         return Reverted(swap, put_back)
+
+    def _run_again(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return self._run(*args, **kwargs)
+        except Exception as error:
+            if (
+                type(error).__module__ == "torch.utils.checkpoint"
+            ):  # how it stops what has recomputed all that is needed
+                raise
+            raise RuntimeError(
+                f"{self._name!r} cannot be recomputed: its forward ran once, and does not run a second time from the same input "
+                f"({type(error).__name__}: {error}). It depends on what outlives a forward, such as a cache of keys and values. "
+                "Switch that off (use_cache=False), or leave the module out of checkpoint="
+            ) from error
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         result = self._forwards[0](*args, **kwargs)

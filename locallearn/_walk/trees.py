@@ -50,8 +50,8 @@ def tensors(tree: Any) -> list[Tensor]:
     """
     if isinstance(tree, Tensor):
         return [tree]
-    found: dict[Tensor, None] = {}
-    mapped(found.setdefault, tree)
+    found: dict[Tensor, Tensor] = {}
+    mapped(lambda tensor: found.setdefault(tensor, tensor), tree)  # a tuple of some kinds is made again of tensors only
     return list(found)
 
 

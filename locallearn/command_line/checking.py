@@ -11,7 +11,7 @@ from torch import Tensor
 
 from locallearn.command_line.backbones import Backbone, batch, load
 from locallearn.command_line.cutting import Answer, planned
-from locallearn.command_line.errors import CommandError, nearest
+from locallearn.command_line.errors import CommandError, nearest, said
 from locallearn.command_line.parsing import DECODERS
 from locallearn.testing.comparison import ENTRIES, RTOL, problems, relative_errors
 from locallearn.testing.copies import copied, gradients, replayed
@@ -23,6 +23,12 @@ _MOST = 20  # parameters that are shown
 
 def check(args: argparse.Namespace) -> Answer:
     """The largest relative error of each parameter's gradient, by both ways to train; status 1 if one is too large."""
+    if args.views < 2:
+        raise CommandError(f"InfoNCE compares views: --views is at least 2; got {args.views}")
+    if args.batch < 2:
+        raise CommandError(
+            f"InfoNCE's negatives are the other inputs of a batch: --batch is at least 2; got {args.batch}"
+        )
     torch.manual_seed(args.seed)
     backbone = load(args.backbone, args.size)
     model = _wrapped(args, backbone)
@@ -71,7 +77,7 @@ def _wrapped(args: argparse.Namespace, backbone: Backbone) -> LocalWrapper:
         names, decoder = args.at, args.decoder
     else:
         found, decoder = planned(
-            args.backbone, backbone.model, example, args.decoder, n=args.stages, overlap=args.overlap
+            args.backbone, backbone.model, example, args.decoder, n=args.stages or 4, overlap=args.overlap
         )
         names = list(found.stages)
     errors: list[Exception] = []
@@ -87,7 +93,7 @@ def _wrapped(args: argparse.Namespace, backbone: Backbone) -> LocalWrapper:
             )
         except (ValueError, TypeError) as error:
             errors.append(error)
-    raise CommandError(f"{args.backbone} cannot be wrapped so: {errors[0]}") from errors[0]
+    raise CommandError(f"{args.backbone} cannot be wrapped so: {said(errors[0])}") from errors[0]
 
 
 def _random(example: Tensor, model: LocalWrapper) -> Tensor:

@@ -10,15 +10,19 @@ from torch import Tensor, nn
 
 from locallearn.command_line.backbones import Backbone, batch, load
 from locallearn.command_line.drawing import draw_cuts
-from locallearn.command_line.errors import CommandError
+from locallearn.command_line.errors import CommandError, said
 from locallearn.command_line.parsing import DECODERS
+from locallearn.diagnosis.picture import checked
 from locallearn.memory import StagePlan, plan_stages
+from locallearn.memory.predict import size
 
 Answer = tuple[str, dict[str, Any], int]  # the text, the numbers, the exit status
 
 
 def stages(args: argparse.Namespace) -> Answer:
     """Every place where the backbone can be cut, and what lies below it."""
+    if args.save:
+        checked("--save", args.save)  # before the work
     backbone = load(args.backbone, args.size)
     example = batch(args, backbone)
     found, _ = planned(args.backbone, backbone.model, example, args.decoder, n=1, overlap=0)
@@ -58,6 +62,8 @@ def stages(args: argparse.Namespace) -> Answer:
 
 def plan(args: argparse.Namespace) -> Answer:
     """The cuts that the planner picks, what they take, and the line of code."""
+    if args.save:
+        checked("--save", args.save)  # before the work
     backbone = load(args.backbone, args.size)
     example = batch(args, backbone)
     found, decoder = planned(
@@ -75,8 +81,8 @@ def plan(args: argparse.Namespace) -> Answer:
     recomputed = " with blocks recomputed" if args.checkpoint else ""
     text = (
         f"{found.plan}\n\n{found}\n\n"
-        f"predicted peak {peak / 1e6:,.0f} MB{recomputed}, {peak / whole:.0%} of end-to-end training's {whole / 1e6:,.0f} MB"
-        f"{recomputed}, for a batch of shape {tuple(example.shape)}, without weights\n\n{code}"
+        f"predicted peak {size(peak)}{recomputed}, {peak / whole:.0%} of end-to-end training's {size(whole)}{recomputed}, for "
+        f"a batch of shape {tuple(example.shape)}, without weights\n\n{code}"
     )
     numbers = {
         "backbone": args.backbone,
@@ -103,9 +109,7 @@ def planned(
             return plan_stages(model, example, decoder=DECODERS[chosen], **settings), chosen
         except Exception as error:  # noqa: BLE001 - the backbone's own forward may fail in any way
             errors.append(error)
-    kind = "" if isinstance(errors[0], ValueError) else f"{type(errors[0]).__name__}: "
-    said = f"{kind}{errors[0]}".replace("(example=)", "(--size)").replace("checkpoint=True", "--checkpoint")
-    raise CommandError(f"{name}, given a batch of shape {tuple(example.shape)}: {said}") from errors[0]
+    raise CommandError(f"{name}, given a batch of shape {tuple(example.shape)}: {said(errors[0])}") from errors[0]
 
 
 def paste(backbone: Backbone, names: Sequence[str], args: argparse.Namespace, decoder: str) -> str:

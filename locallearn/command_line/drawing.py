@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from locallearn.diagnosis.picture import colour, panels
+from locallearn.diagnosis.picture import colour, panels, write
 from locallearn.memory import StagePlan
 
 
@@ -39,4 +39,4 @@ def draw_cuts(path: str, name: str, plan: StagePlan) -> None:
                 [0], [0], color=colour(stage), label=f"stage {stage}: {kept / 1e6:,.0f} MB, {share:.0%} of FLOPs"
             )
         figure.legend(fontsize=8, loc="outside lower center", ncols=min(4, len(plan.pieces)))
-    figure.savefig(path, dpi=150)
+    write(figure, "--save", path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 from typing import NoReturn
 
 from locallearn.command_line.backbones import FORMS
@@ -38,7 +37,6 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if found := re.match(r".*invalid choice: '(.*)' \(choose from (.*)\)", message):
             message += nearest(found[1], re.findall(r"[\w-]+", found[2]))
-        self.print_usage(sys.stderr)
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
@@ -76,7 +74,7 @@ def _parser() -> Parser:
         description="Pick the cuts for the least memory, or for a budget.",
     )
     _what(plan, batch=64)
-    _how(plan)
+    _how(plan, plan, default=4)
     plan.add_argument(
         "--budget", type=memory, metavar="BYTES", help="most even computation that fits, such as 8GB or 500MB"
     )
@@ -87,13 +85,14 @@ def _parser() -> Parser:
         help="compare gradients with plain autograd",
         description="Compare every gradient of a local pass with plain autograd's, in double precision, on random data.",
     )
-    _what(check, batch=4)
-    _how(check)
-    check.add_argument(
+    _what(check, batch=4, of="of each view")
+    cuts = check.add_mutually_exclusive_group()
+    _how(check, cuts)
+    cuts.add_argument(
         "--at", nargs="+", metavar="NAME", help="the submodules after which stages end, instead of --stages"
     )
     check.add_argument("--views", type=whole, default=2, metavar="N", help="views of a batch (%(default)s)")
-    check.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and data (%(default)s)")
+    check.add_argument("--seed", type=seed, default=0, metavar="N", help="of weights and data (%(default)s)")
     check.add_argument("--all", action="store_true", help="all parameters, not only the 20 that differ most")
     for command in (stages, plan, check):
         command.add_argument("--json", action="store_true", help="print JSON instead of tables")
@@ -102,19 +101,20 @@ def _parser() -> Parser:
     return parser
 
 
-def _what(parser: argparse.ArgumentParser, batch: int) -> None:
+def _what(parser: argparse.ArgumentParser, batch: int, of: str = "all views together") -> None:
     add = parser.add_argument
     add("backbone", metavar="BACKBONE", help=FORMS)
     add("--size", type=whole, metavar="PIXELS", help="of a side of the images (what the backbone is made for, or 224)")
     add("--channels", type=whole, metavar="N", help="of the images (3)")
     add("--tokens", type=whole, metavar="N", help="give it N token numbers instead of images")
-    add("--batch", type=whole, default=batch, metavar="N", help="inputs at once, all views together (%(default)s)")
+    add("--batch", type=whole, default=batch, metavar="N", help=f"inputs at once, {of} (%(default)s)")
     add("--decoder", choices=[*DECODERS], help="on the stages' outlets (the first of them that fits)")
 
 
-def _how(parser: argparse.ArgumentParser) -> None:
+def _how(parser: argparse.ArgumentParser, cuts: argparse._ActionsContainer, default: int | None = None) -> None:
     add = parser.add_argument
-    add("--stages", type=whole, default=4, metavar="N", help="how many (%(default)s)")
+    # a default that is given again would not count as given beside --at
+    cuts.add_argument("--stages", type=whole, default=default, metavar="N", help="how many (4)")
     add("--overlap", type=index, default=1, metavar="N", help="stages that neighbouring units share (%(default)s)")
     add("--checkpoint", action="store_true", help="recompute blocks in the backward")
 
@@ -134,6 +134,13 @@ def index(text: str) -> int:
     """A whole number from 0 up."""
     if not text.isascii() or not text.isdigit():
         raise argparse.ArgumentTypeError(f"expected a whole number from 0 up, got {text!r}")
+    return int(text)
+
+
+def seed(text: str) -> int:
+    """A whole number of 64 bits, as torch takes it."""
+    if not re.fullmatch(r"-?[0-9]+", text) or not -(2**63) <= int(text) < 2**64:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at most 64 bits, got {text!r}")
     return int(text)
 
 

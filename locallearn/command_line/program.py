@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from locallearn.command_line.checking import check
 from locallearn.command_line.cutting import plan, stages
-from locallearn.command_line.errors import CommandError
+from locallearn.command_line.errors import said
 from locallearn.command_line.parsing import parsed
 
 _COMMANDS = {"stages": stages, "plan": plan, "check": check}
@@ -34,11 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.parser.error(f"say what to do: {', '.join(_COMMANDS)}; locallearn --help tells more")
     try:
         text, numbers, status = _COMMANDS[args.command](args)
-    except (CommandError, ModuleNotFoundError, OSError) as problem:
-        sys.stderr.write(f"locallearn {args.command}: error: {' '.join(str(problem).split())}\n")
-        return 2
     except KeyboardInterrupt:
         return 130
+    except Exception as problem:  # noqa: BLE001 - a backbone may raise anything, and 1 means that a gradient differs
+        sys.stderr.write(f"locallearn {args.command}: error: {said(problem)}\n")
+        return 2
     try:
         sys.stdout.write((json.dumps(numbers, indent=1) if args.json else text) + "\n")
         sys.stdout.flush()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
+from math import isfinite, nan
 from os import PathLike
 from typing import Any
 
@@ -12,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from locallearn._fitting.batches import View, plain_views
+from locallearn._walk.trees import mapped
 from locallearn.diagnosis.measures import single
-from locallearn.diagnosis.picture import colour, panels
+from locallearn.diagnosis.picture import colour, panels, write
 from locallearn.diagnosis.reading import check_wrapped
 from locallearn.testing.copies import copied, replayed
 from locallearn.testing.reference import forward, graph, penalty_of, weights_of_stages
@@ -28,8 +30,8 @@ class Agreement:
 
     Attributes:
         cosine: of the angle between them: 1 where they point the same way, below 0 where they are in conflict; ``None``
-            if one is zero.
-        norm_ratio: the length of the first one over the second's; ``None`` if that is zero.
+            if one is zero, nan if one is not finite.
+        norm_ratio: the length of the first one over the second's; ``None`` if that is zero, nan if one is not finite.
     """
 
     cosine: float | None
@@ -95,6 +97,7 @@ class GradientAgreement:
 
         Raises:
             ModuleNotFoundError: without matplotlib.
+            ValueError: for a format that matplotlib does not have.
         """
         asked = "Does the local gradient point where the end-to-end one does?"
         figure, (left, right) = panels("GradientAgreement.save", asked, count=2, size=(11, 4.4))
@@ -124,12 +127,12 @@ class GradientAgreement:
         left.legend(loc="lower left")
         right.annotate("in conflict", (0.02, 0.03), xycoords="axes fraction", color="0.4")
         right.annotate("of one mind", (0.02, 0.94), xycoords="axes fraction", color="0.4")
-        figure.savefig(path, dpi=150)
+        write(figure, "GradientAgreement.save", path)
 
 
 def _line(name: str, agreement: Agreement) -> str:
     cosine, ratio = (
-        "" if x is None else f"{x:+.3f}" if sign else f"{x:.3g}"
+        "" if x is None else f"{x:+.3f}" if sign and isfinite(x) else f"{x:.3g}"
         for x, sign in ((agreement.cosine, True), (agreement.norm_ratio, False))
     )
     return f"{name:34} {cosine:>8} {ratio:>11}".rstrip()
@@ -162,7 +165,8 @@ def gradient_agreement(
         groups: ``groups(name, weight)`` names the group of a weight of the backbone; by default the type of its module.
 
     Raises:
-        TypeError: if the model is not wrapped, or a view is neither a tensor nor a tuple or mapping of some.
+        TypeError: if the model is not wrapped, a view is neither a tensor nor a tuple or mapping of some, or ``groups`` cannot
+            be called.
         ValueError: without views.
         RuntimeError: if the model cannot be copied.
 
@@ -174,10 +178,12 @@ def gradient_agreement(
         (1.0, 1.0)
     """
     check_wrapped(model)
-    inputs = plain_views(views)
-    copy = copied(model)
-    named = groups or _by_type(copy.backbone)
+    if groups is not None and not callable(groups):
+        raise TypeError(f"groups is called with the name and the weight, and returns the group's name; got {groups!r}")
     with replayed():
+        inputs = [mapped(lambda tensor: tensor.detach().clone(), view) for view in plain_views(views)]
+        copy = copied(model)
+        named = groups or _by_type(copy.backbone)
         outlets, losses = forward(copy, inputs, targets)
         penalty = penalty_of(copy)
         stages = weights_of_stages(outlets)
@@ -239,8 +245,12 @@ def _compared(weights: Sequence[Tensor], one: Gradients, other: Gradients) -> Ag
         mine += 0.0 if a is None else float(a.square().sum(dtype=torch.float64))
         theirs += 0.0 if b is None else float(b.square().sum(dtype=torch.float64))
         product += 0.0 if a is None or b is None else float((a * b).sum(dtype=torch.float64))
-    cosine = max(-1.0, min(1.0, product / (mine * theirs) ** 0.5)) if mine and theirs else None
-    return Agreement(cosine, (mine / theirs) ** 0.5 if theirs else None)
+    if not (mine and theirs):
+        return Agreement(None, 0.0 if theirs else None)
+    if not isfinite(mine + theirs):
+        return Agreement(nan, nan)
+    cosine = max(-1.0, min(1.0, product / (mine**0.5 * theirs**0.5)))
+    return Agreement(cosine, (mine / theirs) ** 0.5)
 
 
 def _flat(gradient: Tensor) -> Tensor:

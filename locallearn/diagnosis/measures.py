@@ -79,6 +79,7 @@ class Moments:
 
     def add(self, one: Tensor, other: Tensor | None = None) -> None:
         """Rows ``(N, D)``, and rows ``(N, E)`` of the same images; the same ones by default."""
+        self._rounding = torch.finfo(one.dtype if one.is_floating_point() else torch.float64).eps
         left, right = _double(one), _double(one if other is None else other)
         if not self.count:
             self._shifts = left.mean(dim=0), right.mean(dim=0)
@@ -92,6 +93,11 @@ class Moments:
     def centred(self) -> Tensor:
         """``(X - mean)^T (Y - mean)``."""
         return self._products - torch.outer(*self._sums) / self.count
+
+    def constant(self) -> bool:
+        """Whether the first vectors of all images are the same, but for rounding."""
+        size = self.count * self._shifts[0].square().sum()
+        return not bool(self.centred().norm() > size * (2 * self._rounding) ** 2)
 
     def effective_rank(self) -> float:
         """As :func:`effective_rank` of all rows together."""

@@ -14,7 +14,8 @@ from torch import nn
 from locallearn._fitting.attach import FromOutlet
 from locallearn._fitting.batches import View, concatenated, plain_views
 from locallearn._walk.trees import mapped, tensors
-from locallearn.diagnosis.picture import panels
+from locallearn.diagnosis.picture import panels, write
+from locallearn.diagnosis.reading import check_wrapped
 from locallearn.memory.count import Flops, LiveBytes
 from locallearn.memory.fakes import Fakes, analysed
 from locallearn.memory.pieces import Piece, Sample
@@ -76,6 +77,7 @@ class MemoryReport:
 
         Raises:
             ModuleNotFoundError: without matplotlib.
+            ValueError: for a format that matplotlib does not have.
         """
         figure, (axes,) = panels("MemoryReport.save", "What is alive during a step?")
         for name, timeline, colour in (("end-to-end", self.end_to_end, "0.6"), ("local", self.local, "C0")):
@@ -90,7 +92,7 @@ class MemoryReport:
             axes.annotate(f" unit {k}", (begins, 1), xycoords=("data", "axes fraction"), va="bottom", color="C3")
         axes.set(xlabel="GFLOP computed", ylabel="live, MB", xlim=(0, None), ylim=(0, None))
         axes.legend(loc="upper right")
-        figure.savefig(path, dpi=150)
+        write(figure, "MemoryReport.save", path)
 
 
 def memory_report(model: LocalWrapper, *views: View, targets: Any = None) -> MemoryReport:
@@ -104,6 +106,7 @@ def memory_report(model: LocalWrapper, *views: View, targets: Any = None) -> Mem
         targets: as for ``local_step``.
 
     Raises:
+        TypeError: if the model is not wrapped.
         RuntimeError: if the copy does not run without numbers, where a number decides (a mixture of experts).
 
     Example:
@@ -112,6 +115,7 @@ def memory_report(model: LocalWrapper, *views: View, targets: Any = None) -> Mem
         >>> [name for name in report.names]
         ['forward to stage 1', 'unit 0, forward to stage 2', 'unit 1']
     """
+    check_wrapped(model)
     with analysed(model) as fakes:
         try:
             return _reported(model, views, targets, fakes)

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from locallearn.diagnosis.measures import effective_rank, single, spread
-from locallearn.diagnosis.picture import colour, panels
+from locallearn.diagnosis.picture import colour, panels, write
 from locallearn.diagnosis.reading import check_wrapped
 from locallearn.diagnosis.taps import Tap, after
 from locallearn.diagnosis.watch import Watch
 from locallearn.losses import InfoNCE
+from locallearn.plan import whole
 from locallearn.schedules import Train
 from locallearn.wrapper import LocalWrapper
 
@@ -60,8 +61,8 @@ class Monitor:
         history: of each :meth:`read`, the number of the pass, from 1, and what it returned.
 
     Raises:
-        TypeError: if ``model`` is not wrapped.
-        ValueError: for an ``every`` below 1.
+        TypeError: if ``model`` is not wrapped, or a setting is no whole number.
+        ValueError: for an ``every`` or ``patience`` below 1, or a ``settle`` below 0.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8), nn.Linear(8, 8))
@@ -87,10 +88,12 @@ class Monitor:
         warn: Callable[[str], object] | None = None,
     ) -> None:
         check_wrapped(model)
-        if every < 1:
-            raise ValueError(
-                f"every is the number of passes from one that is looked at to the next, at least 1; got {every}"
-            )
+        every = whole("every, the passes from one that is looked at to the next,", every, 1)
+        settle = whole("settle, the passes before a collapse is warned of,", settle)
+        if patience is not None:
+            patience = whole("patience, the passes in a row without a finite loss (None: never raise),", patience, 1)
+        if warn is not None and not callable(warn):
+            raise TypeError(f"warn is called with a line; got {warn!r}")
         self.history = []
         self._model, self._every, self._settle, self._patience, self._say = model, every, settle, patience, warn
         self._watch = Watch(len(model.plan.units))
@@ -166,7 +169,7 @@ class Monitor:
 
         Raises:
             ModuleNotFoundError: without matplotlib.
-            ValueError: if nothing was read.
+            ValueError: if nothing was read, or for a format that matplotlib does not have.
         """
         if not self.history:
             raise ValueError("there is nothing to draw: no training pass was read. Call monitor.read() while it trains")
@@ -185,7 +188,7 @@ class Monitor:
             panel.set_title(_TITLES[name], fontsize=9)
             panel.set(xlabel="training pass", ylim=(0, None))
         axes[0].legend(fontsize=8)
-        figure.savefig(path, dpi=150)
+        write(figure, "Monitor.save", path)
 
     def close(self) -> None:
         """Takes the hooks off; what was read stays."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,13 +19,7 @@ def panels(who: str, asked: str, *, count: int = 1, size: tuple[float, float] = 
     Raises:
         ModuleNotFoundError: without matplotlib; it says what ``who`` needs.
     """
-    try:
-        from matplotlib.figure import Figure  # noqa: PLC0415 - only who wants a picture needs it
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"{who} draws with matplotlib, which is not installed: pip install matplotlib"
-        ) from error
-    figure = Figure(figsize=size, layout="constrained")
+    figure = _figure(who)(figsize=size, layout="constrained")
     if asked:
         figure.suptitle(asked, x=0.01, horizontalalignment="left", fontweight="bold")
     axes = list(figure.subplots(1, count, squeeze=False)[0])
@@ -35,3 +31,38 @@ def panels(who: str, asked: str, *, count: int = 1, size: tuple[float, float] = 
 def colour(number: int) -> str:
     """Of a unit or a stage, the same in all pictures."""
     return COLOURS[number % len(COLOURS)]
+
+
+def checked(who: str, path: str | PathLike[str]) -> Path:
+    """``path``, where a picture can be written to it; its folder is made.
+
+    Raises:
+        ModuleNotFoundError: without matplotlib; it says what ``who`` needs.
+        ValueError: if matplotlib has no such format.
+        OSError: if the folder cannot be made.
+    """
+    to, formats = Path(path), sorted(_figure(who)().canvas.get_supported_filetypes())
+    if to.suffix[1:].lower() not in formats:
+        given = f"of the format {to.suffix!r}" if to.suffix else "without a suffix that says which"
+        raise ValueError(f"a picture is {', '.join(formats[:-1])} or {formats[-1]}; got {str(path)!r}, {given}")
+    to.parent.mkdir(parents=True, exist_ok=True)
+    return to
+
+
+def write(figure: Figure, who: str, path: str | PathLike[str]) -> None:
+    """Saves ``figure``; its folder is made.
+
+    Raises:
+        ValueError: if matplotlib has no such format.
+    """
+    figure.savefig(checked(who, path), dpi=150)
+
+
+def _figure(who: str) -> type[Figure]:
+    try:
+        from matplotlib.figure import Figure  # noqa: PLC0415 - only who wants a picture needs it
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"{who} draws with matplotlib, which is not installed: pip install matplotlib"
+        ) from error
+    return Figure

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from math import inf
+from numbers import Real
 from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,8 +17,9 @@ from torch import Tensor
 
 from locallearn.diagnosis.kept import OnDisk, Sample
 from locallearn.diagnosis.measures import Moments, alignment, single, uniformity, vote
-from locallearn.diagnosis.picture import colour, panels
+from locallearn.diagnosis.picture import colour, panels, write
 from locallearn.diagnosis.reading import Pool, labelled, stage_vectors
+from locallearn.plan import whole
 from locallearn.testing.copies import replayed
 from locallearn.wrapper import LocalWrapper
 
@@ -92,6 +95,7 @@ class StageQuality:
 
         Raises:
             ModuleNotFoundError: without matplotlib.
+            ValueError: for a format that matplotlib does not have.
         """
         figure, (left, right) = panels("StageQuality.save", "What does each stage know?", count=2, size=(10, 4.2))
         at, names = range(len(self.stages)), [stage.ends_after for stage in self.stages]
@@ -117,7 +121,7 @@ class StageQuality:
         for panel in (left, right):
             panel.set_xticks(at, names, rotation=20 if max(map(len, names)) > 8 else 0)
             panel.set_xlabel("stage that ends after")
-        figure.savefig(path, dpi=150)
+        write(figure, "StageQuality.save", path)
 
 
 def _error(accuracy: float, count: int) -> float:
@@ -174,8 +178,9 @@ def stage_quality(
 
     Raises:
         ModuleNotFoundError: for a probe, without scikit-learn.
-        TypeError: for batches of another kind, or a model that is not wrapped.
-        ValueError: for sets without images, labels that are not one whole number per image, settings out of range.
+        TypeError: for batches of another kind, a model that is not wrapped, settings of another kind.
+        ValueError: for sets without images, labels that are not one whole number per image, settings out of range, features
+            that are not finite.
 
     Example:
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 8))
@@ -186,10 +191,12 @@ def stage_quality(
         >>> [stage.knn for stage in report.stages]
         [1.0, 1.0]
     """
-    if k < 1 or sample < 1 or not temperature > 0:
-        raise ValueError(
-            f"k and sample are at least 1, temperature is more than 0; got {k}, {sample} and {temperature}"
-        )
+    k = whole("k, the neighbours that vote,", k, 1)
+    sample = whole("sample, the training images kept in memory,", sample, 1)
+    if not isinstance(temperature, Real):
+        raise TypeError(f"temperature is a number, more than 0; got {temperature!r}")
+    if not 0 < temperature < inf:
+        raise ValueError(f"temperature is a finite number, more than 0; got {temperature}")
     with replayed():  # an import may draw random numbers
         probes = _probes() if linear_probe else None
     with ExitStack() as stack:

@@ -30,6 +30,10 @@ def stage_vectors(model: LocalWrapper, pool: Pool | None) -> Iterator[Callable[[
     Args:
         model: whose backbone runs, on the device where its weights are.
         pool: makes vectors ``(N, C)`` of what decoders read of an outlet; by default its mean over positions.
+
+    Raises:
+        TypeError: if the model is not wrapped.
+        ValueError: where a batch is read, if ``pool`` makes no vectors, or if features are not finite.
     """
     check_wrapped(model)
     backbone, quiet = model.backbone, undisturbed(model.backbone)
@@ -50,6 +54,12 @@ def stage_vectors(model: LocalWrapper, pool: Pool | None) -> Iterator[Callable[[
                 raise ValueError(
                     f"pool= makes vectors (N, C), one per image; for {count} images and the outlet of stage {stage}, of "
                     f"shape {tuple(outlet.shape)}, it returned shape {tuple(vectors.shape)}"
+                )
+            wrong = int((~vectors.detach().isfinite()).flatten(1).any(dim=1).sum())
+            if wrong:
+                raise ValueError(
+                    f"the features of stage {stage}, which ends after {model.stages[stage]!r}, are not finite for {wrong} of "
+                    f"{len(vectors)} images: look for nan or inf in the images, and in the weights up to there"
                 )
             found.append(vectors.detach().clone())  # what follows may work in place
             return output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from os import PathLike
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from locallearn.diagnosis.measures import Moments
-from locallearn.diagnosis.picture import panels
+from locallearn.diagnosis.picture import panels, write
 from locallearn.diagnosis.reading import Pool, stage_vectors
 from locallearn.wrapper import LocalWrapper
 
@@ -23,7 +24,7 @@ class StageSimilarity:
     Attributes:
         rows: the submodules after which the stages of the first model end.
         columns: those of the other one.
-        cka: the similarity of each pair, from 0 to 1.
+        cka: the similarity of each pair, from 0 to 1; nan where the features of one of them are the same for all images.
         images: how many there were.
     """
 
@@ -48,6 +49,7 @@ class StageSimilarity:
 
         Raises:
             ModuleNotFoundError: without matplotlib.
+            ValueError: for a format that matplotlib does not have.
         """
         wide = 2.6 + 0.9 * len(self.columns), 2.0 + 0.7 * len(self.rows)
         figure, (panel,) = panels("StageSimilarity.save", "Do their stages see alike?", size=wide)
@@ -60,7 +62,7 @@ class StageSimilarity:
                 ink = "white" if value < 0.6 else "black"
                 panel.annotate(f"{value:.2f}", (column, row), color=ink, ha="center", va="center")
         figure.colorbar(shown, ax=panel, label="linear CKA")
-        figure.savefig(path, dpi=150)
+        write(figure, "StageSimilarity.save", path)
 
 
 def linear_cka(
@@ -83,7 +85,10 @@ def linear_cka(
 
     Raises:
         TypeError: for batches of another kind, or a model that is not wrapped.
-        ValueError: without images.
+        ValueError: for fewer than two images, or features that are not finite.
+
+    Warns:
+        RuntimeWarning: if a stage's features are the same for all images: its similarities are nan.
 
     Example:
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 8))
@@ -109,7 +114,26 @@ def linear_cka(
                     moments.add(one, two.to(one.device))
     if not images:
         raise ValueError("batches has no images. A generator that was used before is empty: make a new one")
-    norms = [[float(moments.centred().norm()) for moments in known] for known in selves]
+    if images < 2:
+        raise ValueError(
+            "linear CKA compares how features change from image to image; got one image, and needs two or more"
+        )
+    constant = [[moments.constant() for moments in known] for known in selves]
+    if wrong := [
+        f"{which} model's {name!r}"
+        for which, wrapped, flags in zip(("first", "other"), (model, other), constant, strict=True)
+        for name, flag in zip(wrapped.stages, flags, strict=True)
+        if flag
+    ]:
+        warnings.warn(
+            f"features are the same for all images, so linear CKA is nan, after the {', the '.join(wrong)}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    norms = [
+        [0.0 if flag else float(moments.centred().norm()) for moments, flag in zip(known, flags, strict=True)]
+        for known, flags in zip(selves, constant, strict=True)
+    ]
     table = [
         [_ratio(float(moments.centred().square().sum()), a * b) for moments, b in zip(line, norms[1], strict=True)]
         for line, a in zip(cross, norms[0], strict=True)

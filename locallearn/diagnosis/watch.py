@@ -56,7 +56,7 @@ class Watch:
         in_a_row = self._in_a_row.tolist()
         if lost := [str(unit) for unit, steps in enumerate(in_a_row) if patience is not None and steps >= patience]:
             raise DivergedError(
-                f"the loss of unit {', '.join(lost)} has not been finite for {max(in_a_row)} steps in a row; lower the "
+                f"{_losses(lost)} not been finite for {max(in_a_row)} steps in a row; lower the "
                 "learning rate, warm up for longer, or train in a wider precision"
             )
         wrong = {(unit, "its loss is not finite") for unit, steps in enumerate(in_a_row) if steps}
@@ -65,6 +65,12 @@ class Watch:
         }
         new, self._known = wrong - self._known, wrong
         return [f"unit {unit}: {what}{_spread(spreads[unit])}" for unit, what in sorted(new)]
+
+
+def _losses(units: Sequence[str]) -> str:
+    if len(units) == 1:
+        return f"the loss of unit {units[0]} has"
+    return f"the losses of units {', '.join(units[:-1])} and {units[-1]} have"
 
 
 def _spread(value: float | None) -> str:

@@ -17,7 +17,7 @@ def places(model: nn.Module, chain: Sequence[Link], rows: int | None, whole: Col
     """Those after a block or a run of simple layers, up to the last map of features.
 
     What follows that map, a pooling and a classifier, is left out. Vectors (``(N, C)``) are no map; where there are only
-    such, nothing is left out.
+    such, nothing is left out. Where no map has more than one position, the last one counts.
 
     Args:
         model: the backbone.
@@ -34,6 +34,7 @@ def places(model: nn.Module, chain: Sequence[Link], rows: int | None, whole: Col
         if batch_first(link.outlet.shape, rows) and not any(link.end.startswith(f"{name}.") for name in outer)
     ]
     maps = [link for link in cuttable if positions(link) > 1]
+    maps = maps or [link for link in cuttable if len(link.outlet.shape) > 2]  # of tiny inputs
     if not maps:
         return [link for link in cuttable if link.block not in inside]
     last = _last(model, maps[-1], cuttable, together)

@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from math import ceil, inf
+from numbers import Real
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,9 +21,9 @@ from locallearn._walk.trees import mapped
 from locallearn.memory.balance import balanced, stage_flops
 from locallearn.memory.between import between, hands_on
 from locallearn.memory.pieces import Piece, Sample
-from locallearn.memory.places import places
-from locallearn.memory.predict import predict
-from locallearn.plan import Plan
+from locallearn.memory.places import places, trained
+from locallearn.memory.predict import predict, size
+from locallearn.plan import Plan, whole
 from locallearn.schedules import sequential
 
 
@@ -121,6 +122,7 @@ def plan_stages(
         features: as in ``LocalWrapper``.
 
     Raises:
+        TypeError: if ``n``, ``overlap`` or ``ranks`` is no whole number, or ``budget`` no number.
         ValueError: if the model does not run on ``example``, if it has not enough places, if nothing fits into the budget,
             or if ``ranks`` does not divide ``n``.
 
@@ -140,7 +142,7 @@ def plan_stages(
         if not (ends and hands_on(end, ends[-1])):
             ends.append(end)
     if len(ends) < n:
-        raise ValueError(_too_few(model, sample, n, [end.end for end in ends]))
+        raise ValueError(_too_few(model, sample, n, ends))
     plain, lean = sample.pieces(ends, found)
     plain = [sample.decoded(piece, end, decoder, channel_axis) for piece, end in zip(plain, ends, strict=True)]
     lean = [
@@ -180,8 +182,15 @@ def automatic(
 
 
 def _stages(n: int | None, overlap: int, budget: float | None, ranks: int | None) -> int:
+    overlap = whole("overlap", overlap)
+    n = None if n is None else whole("n, the number of stages,", n, 1)
+    if budget is not None and (isinstance(budget, bool) or not isinstance(budget, Real)):
+        raise TypeError(f"budget is a number of bytes, such as 8e9; got {budget!r}")
+    if budget is not None and not budget > 0:
+        raise ValueError(f"budget is a number of bytes, more than 0; got {budget}")
     if ranks is None:
-        return 4 if n is None else n
+        return Plan.windows(4 if n is None else n, overlap).stages
+    ranks = whole("ranks", ranks)
     if ranks < 1 or budget is not None:
         raise ValueError(
             f"ranks is how many processes a pipeline has, and goes without budget=; got {ranks=}, {budget=}"
@@ -213,8 +222,14 @@ def _left_out(model: nn.Module, reached: Collection[int]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _too_few(model: nn.Module, sample: Sample, n: int, ends: Sequence[str]) -> str:
-    told = f"{n} stages need as many pieces, but the model can only be cut after {list(ends)}"
+def _too_few(model: nn.Module, sample: Sample, n: int, ends: Sequence[Link]) -> str:
+    told = f"{n} stages need as many pieces, but the model can only be cut after {[end.end for end in ends]}"
+    behind = sample.chain[sample.chain.index(ends[-1]) + 1 :] if ends else []
+    if any(len(link.outlet.shape) > 2 and trained(model, link) for link in behind):
+        return (
+            f"{told}: what follows sees maps of a single position, which a pooling makes, too. Give larger inputs (example=), or "
+            "name the stages"
+        )
     below = longest(model, sample.inputs, Features())
     if len(below) > len(sample.chain) and len(below) >= n:
         told += (
@@ -276,7 +291,7 @@ def _best(plan: Plan, pieces: Sequence[Piece], budget: float, *, peak_first: boo
             return ()
         least = _peak(plan, [pieces[a:b] for a, b in pairwise((0, *ends))])
         raise ValueError(
-            f"no cuts into {n} stages with overlap {overlap} fit into {budget / 1e6:,.0f} MB; the least is "
-            f"{least / 1e6:,.0f} MB. Try more stages, less overlap, or checkpoint=True"
+            f"no cuts into {n} stages with overlap {overlap} fit into {size(budget)}; the least is {size(least)}. "
+            "Try more stages, less overlap, or checkpoint=True"
         )
     return best[2]

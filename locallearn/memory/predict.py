@@ -82,3 +82,13 @@ def _freed_from_the_top(stage: _Stage, held: bool) -> int:
         below -= piece.kept
         most = max(most, below + piece.push - (stage.outlet if held and piece is stage.pieces[-1] else 0))
     return most
+
+
+def size(count: float) -> str:
+    """A number of bytes in the unit that fits: ``"17 B"``, ``"4.1 kB"``, ``"820 MB"``, ``"1.2 TB"``."""
+    unit, rest = "B", float(count)
+    for larger in ("kB", "MB", "GB", "TB"):
+        if rest < 999.5:  # what rounds to 1000 goes on
+            break
+        unit, rest = larger, rest / 1000
+    return f"{rest:,.0f} {unit}" if unit == "B" or rest >= 100 else f"{rest:.3g} {unit}"

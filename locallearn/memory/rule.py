@@ -12,6 +12,7 @@ from locallearn._fitting.chain import Link, links
 from locallearn._fitting.features import Features
 from locallearn._fitting.outlets import check_graph
 from locallearn.memory.places import places, positions, trained
+from locallearn.plan import whole
 
 
 def stages_of(model: nn.Module, n: int = 4, example: View | Sequence[View] | None = None) -> tuple[str, ...]:
@@ -34,6 +35,7 @@ def stages_of(model: nn.Module, n: int = 4, example: View | Sequence[View] | Non
         example: a batch that it takes; two 224-pixel RGB images by default.
 
     Raises:
+        TypeError: if ``n`` is no whole number.
         ValueError: if the model has fewer such blocks, or does not run on ``example``.
 
     Example:
@@ -42,8 +44,7 @@ def stages_of(model: nn.Module, n: int = 4, example: View | Sequence[View] | Non
         ('layer1', 'layer2', 'layer3', 'layer4')
     """
     check_graph(model)
-    if n < 1:
-        raise ValueError(f"a backbone has at least one stage; got n={n}")
+    n = whole("n, the number of stages,", n, 1)
     batch = example_batch(model, example)
     chain = links(model, batch, features=Features())
     blocks = places(model, chain, rows(batch))

@@ -83,12 +83,20 @@ class Execution:
         spanning: see :meth:`locallearn.Plan.spanning`.
 
     Raises:
+        TypeError: if the schedule is no function, or gives no actions.
         ValueError: if the schedule does not carry out the plan.
     """
 
     def __init__(self, plan: Plan, schedule: Schedule) -> None:
+        if not callable(schedule):
+            raise TypeError(
+                f"schedule is a function of the plan, such as locallearn.sequential or locallearn.fused; got {schedule!r}"
+            )
+        actions = schedule(plan)
+        if not isinstance(actions, Iterable):
+            raise TypeError(f"the schedule gives Forward and Train actions in their order; got {actions!r}")
         self.plan, self.schedule = plan, schedule
-        self.actions = check(plan, schedule(plan))
+        self.actions = check(plan, actions)
         self.last_uses = last_uses(plan, self.actions)
         self.spanning = plan.spanning()
 

@@ -19,6 +19,7 @@ import locallearn
 from locallearn import LocalWrapper, MLPDecoder, plan_stages
 from locallearn.command_line import main
 from locallearn.command_line.parsing import memory, parsed
+from locallearn.memory.predict import size
 
 NETWORK = """
 from torch import nn
@@ -89,7 +90,7 @@ def test_the_line_that_plan_prints_runs(file: str, capsys: pytest.CaptureFixture
     text = told(capsys, *argv)
     assert text.startswith(str(model.plan))
     assert text.endswith(found["code"] + "\n")
-    assert f"{found['peak_bytes'] / 1e6:,.0f} MB with blocks recomputed" in text
+    assert f"predicted peak {size(found['peak_bytes'])} with blocks recomputed" in text
 
 
 def test_a_budget_is_for_even_computation(file: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -137,6 +138,17 @@ def test_check_finds_a_gradient_that_is_wrong(
     assert not found["ok"]
     assert max(row["errors"]["local_step"] for row in found["parameters"]) == pytest.approx(0.5, rel=0.2)
     assert max(row["errors"]["loss.backward()"] for row in found["parameters"]) < 1e-8
+
+
+def test_whatever_fails_in_a_check_is_no_gradient_that_differs(
+    file: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise KeyError("of the\nbackbone")
+
+    monkeypatch.setattr("locallearn.command_line.checking.prepared", fails)
+    error = told(capsys, "check", f"{file}:network", "--size", "8", "--stages", "2", status=2)
+    assert error == "locallearn check: error: KeyError: 'of the\\nbackbone'\n"
 
 
 def test_backbones_of_others_are_found_by_name(capsys: pytest.CaptureFixture[str]) -> None:
@@ -188,6 +200,16 @@ def test_configurations_of_transformers_are_found_by_name(capsys: pytest.Capture
             ("stages", "FILE:wrong"),
             r"given a batch of shape \(64, 3, 224, 224\): .*expected input.* to have 3 channels",
         ),
+        (
+            ("stages", "FILE:network", "--channels", "4"),
+            r"If it reads text, say --tokens 128.* --channels say which$",
+        ),
+        (("check", "FILE:network", "--channels", "4"), r"If it reads text, say --tokens 128.* --channels say which$"),
+        (("check", "FILE:network", "--channels", "4", "--at", "0", "1"), r"If it reads text, .* --channels say which$"),
+        (("check", "FILE:network", "--views", "1"), "--views is at least 2; got 1"),
+        (("check", "FILE:network", "--batch", "1"), "--batch is at least 2; got 1"),
+        (("plan", "FILE:network", "--save", "x.foo"), r"a picture is .*png.*; got 'x.foo', of the format '.foo'"),
+        (("stages", "FILE:network", "--save", "x"), "without a suffix that says which"),
         (("plan", "FILE:network", "--stages", "9", "--size", "8"), "9 stages need as many pieces"),
         (("plan", "FILE:network", "--overlap", "4", "--size", "8"), "overlap=4 needs at least 5 stages"),
         (("check", "FILE:network", "--at", "0", "l2", "--size", "8"), r"has no submodules \['l2'\]"),
@@ -217,6 +239,9 @@ def test_mistakes_are_one_line(
         (("plan", "x", "--budget", "8XB"), "expected a number of bytes such as 8GB, 500MB or 1.5GiB, got '8XB'"),
         (("plan", "x", "--stages", "0"), "expected a whole number from 1 up, got '0'"),
         (("plan", "x", "--overlap", "-1"), "expected a whole number from 0 up, got '-1'"),
+        (("check", "x", "--at", "0", "1", "--stages", "4"), "argument --stages: not allowed with argument --at"),
+        (("check", "x", "--seed", "x"), "expected a whole number of at most 64 bits, got 'x'"),
+        (("plan",), "the following arguments are required: BACKBONE"),
         ((), "say what to do: stages, plan, check"),
     ],
 )
@@ -227,7 +252,8 @@ def test_wrong_usage_ends_with_2(argv: tuple[str, ...], message: str, capsys: py
     out, error = capsys.readouterr()
     assert not out
     assert message in error
-    assert error.startswith("usage: locallearn")
+    assert error.count("\n") == 1
+    assert re.match(r"locallearn( plan| check)?: error: ", error)
 
 
 @pytest.mark.parametrize(("spec", "package"), [("timm:resnet18", "timm"), ("hf:resnet", "transformers")])
@@ -241,11 +267,12 @@ def test_a_missing_package_is_named(
 def test_pictures_are_drawn_or_say_what_they_need(
     file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    argv = (f"{file}:network", "--size", "8", "--decoder", "mlp", "--save", str(tmp_path / "cuts.png"))
+    argv = (f"{file}:network", "--size", "8", "--decoder", "mlp", "--save", str(tmp_path / "new" / "cuts.png"))
     for command in ("stages", "plan"):
         told(capsys, command, *argv)
-        assert (tmp_path / "cuts.png").read_bytes().startswith(b"\x89PNG")
-        (tmp_path / "cuts.png").unlink()
+        assert (tmp_path / "new" / "cuts.png").read_bytes().startswith(b"\x89PNG")
+        (tmp_path / "new" / "cuts.png").unlink()
+        (tmp_path / "new").rmdir()
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert "--save draws with matplotlib, which is not installed: pip install matplotlib" in told(
         capsys, "plan", *argv, status=2

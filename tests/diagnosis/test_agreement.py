@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from copy import deepcopy
@@ -123,6 +124,21 @@ def test_groups_may_be_named() -> None:
     assert list(report.stages[0].groups) == ["4-d", "1-d"]
 
 
+def test_gradients_that_are_not_finite_have_no_angle() -> None:
+    model = LocalWrapper(blocks(), [0, 1, 2, 3], decoder=MLPDecoder)
+    report = gradient_agreement(model, *(view * torch.nan for view in views()))
+    assert all(math.isnan(stage.whole.cosine) and math.isnan(stage.whole.norm_ratio) for stage in report.stages)
+    assert "+" not in str(report)
+
+
+def test_it_works_in_inference_mode() -> None:
+    model = LocalWrapper(blocks(), [0, 1, 2, 3], decoder=MLPDecoder)
+    pair = views()
+    expected = gradient_agreement(model, *pair)
+    with torch.inference_mode():
+        assert gradient_agreement(model, *(view.clone() for view in pair)) == expected
+
+
 def test_everything_stays_as_it_was() -> None:
     model, pair = LocalWrapper(blocks(dropout=0.5), [0, 1, 2, 3], 1, MLPDecoder), views()
     model.backbone[1].eval()
@@ -162,7 +178,12 @@ def test_what_cannot_be_compared_is_refused(monkeypatch: pytest.MonkeyPatch, tmp
         gradient_agreement(model)
     with pytest.raises(TypeError, match=r"got \['list'\]"):
         gradient_agreement(model, [1, 2])
+    with pytest.raises(TypeError, match=r"groups is called with the name and the weight, .*; got 'x'"):
+        gradient_agreement(model, *views(), groups="x")
     report = gradient_agreement(model, *views())
+    with pytest.raises(ValueError, match=r"a picture is .*png.*; got '.*no.foo', of the format '.foo'"):
+        report.save(tmp_path / "new" / "no.foo")
+    assert not (tmp_path / "new").exists()
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(
         ModuleNotFoundError, match=r"GradientAgreement.save draws with matplotlib.*pip install matplotlib"

@@ -76,3 +76,8 @@ def test_without_matplotlib_the_message_says_what_to_install(tmp_path: Path, mon
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ModuleNotFoundError, match="pip install matplotlib"):
         report().save(tmp_path / "memory.png")
+
+
+def test_a_model_that_is_not_wrapped_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"looked at in a LocalWrapper; got Linear\. Wrap it"):
+        memory_report(torch.nn.Linear(2, 2), torch.rand(2, 2))

@@ -289,3 +289,18 @@ def test_what_cannot_be_monitored_is_refused() -> None:
         Monitor(wrapped().backbone)
     with pytest.raises(ValueError, match="at least 1; got 0"):
         Monitor(wrapped(), every=0)
+    for settings in ({"every": 1.5}, {"every": "x"}, {"settle": None}, {"patience": 2.5}):
+        with pytest.raises(TypeError, match=rf"{next(iter(settings))}, .* is a whole number, at least \d; got"):
+            Monitor(wrapped(), **settings)
+    for patience in (0, -1):
+        with pytest.raises(ValueError, match=f"patience, .* at least 1; got {patience}"):
+            Monitor(wrapped(), patience=patience)
+    with pytest.raises(TypeError, match="warn is called with a line; got 'print'"):
+        Monitor(wrapped(), warn="print")
+
+
+def test_all_that_diverge_are_named() -> None:
+    watch = Watch(3)
+    watch.see(torch.tensor([torch.nan, 1.0, torch.inf]))
+    with pytest.raises(DivergedError, match=r"^the losses of units 0 and 2 have not been finite for 1 steps in a row"):
+        watch.judge([None] * 3, patience=1)

@@ -184,8 +184,13 @@ def test_other_batches_are_refused(batch: Callable[[Tensor], Any], problem: type
 
 
 def test_other_arguments_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    for arguments in ({"k": 0}, {"sample": 0}, {"temperature": 0.0}):
-        with pytest.raises(ValueError, match="at least 1, temperature is more than 0"):
+    for arguments in ({"k": 0}, {"sample": 0}, {"temperature": 0.0}, {"temperature": torch.nan}):
+        with pytest.raises(
+            ValueError, match=rf"{next(iter(arguments))}.* is a .*number, (at least 1|more than 0); got"
+        ):
+            stage_quality(wrapped(), batches(images(9)), batches(images(9)), **arguments)
+    for arguments in ({"k": 2.5}, {"sample": "x"}, {"temperature": "x"}):
+        with pytest.raises(TypeError, match=rf"{next(iter(arguments))}.* is a .*number, (at least 1|more than 0); got"):
             stage_quality(wrapped(), batches(images(9)), batches(images(9)), **arguments)
     with pytest.raises(TypeError, match="got Sequential"):
         stage_quality(wrapped().backbone, batches(images(9)), batches(images(9)))
@@ -218,6 +223,29 @@ def test_linear_cka_is_that_of_all_images_at_once(tmp_path: Path) -> None:
     assert json.loads(json.dumps(report.as_dict()))["cka"] == [list(row) for row in report.cka]
     report.save(tmp_path / "cka.png")
     assert (tmp_path / "cka.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_features_that_are_not_finite_are_refused_with_their_stage(part: str) -> None:
+    pixels, classes = images(9)
+    broken = pixels.clone()
+    broken[2] = torch.nan
+    sets = {"train": [(pixels, classes)], "test": [(pixels, classes)], part: [(broken, classes)]}
+    with pytest.raises(
+        ValueError, match=r"features of stage 0, which ends after '0', are not finite for 1 of 9 images"
+    ):
+        stage_quality(wrapped(), **sets, linear_probe=False)
+    with pytest.raises(ValueError, match=r"features of stage 0.* not finite"):
+        linear_cka(wrapped(), wrapped(), [broken])
+
+
+def test_similarity_needs_images_that_differ() -> None:
+    one = images(1)[0]
+    with pytest.raises(ValueError, match="got one image, and needs two or more"):
+        linear_cka(wrapped(), wrapped(), [one])
+    with pytest.warns(RuntimeWarning, match=r"same for all images.* the first model's '0', .* the other model's '0'"):
+        report = linear_cka(wrapped(), wrapped(), [one.expand(7, *one.shape[1:]), one])
+    assert all(value != value for row in report.cka for value in row)
 
 
 def test_similarity_needs_images() -> None:

@@ -349,81 +349,9 @@ def test_a_graph_with_its_edges_is_counted_as_it_is() -> None:
     assert stages_of(Convolve(), 3, graph) == ("layers.0", "layers.1", "layers.2")
 
 
-# ---------------------------------------------------------------- several tensors, one of which was made from another
-
-
-class Stream(nn.Module):
-    """A block of a RevNet."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.f, self.g = nn.Linear(32, 32), nn.Linear(32, 32)
-
-    def forward(self, streams: tuple[Tensor, Tensor] | Tensor) -> tuple[Tensor, Tensor]:
-        a, b = streams if isinstance(streams, tuple) else streams.chunk(2, 1)
-        a = a + self.f(b).tanh()
-        return a, b + self.g(a).tanh()
-
-
-class Normalised(nn.Module):
-    """Returns what it has normalised, too, as the projection of wav2vec2."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.map = nn.LayerNorm(32), nn.Linear(32, 32)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        x = self.norm(x)
-        return self.map(x), x
-
-
-class Handed(nn.Module):
-    """A block that hands on what its first part has returned, as BLOOM's its attention."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.mix, self.top = Normalised(), nn.Linear(32, 32)
-
-    def forward(self, x: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        x, kept = self.mix(x if isinstance(x, Tensor) else x[0])
-        return self.top(x), kept
-
-
-@pytest.mark.parametrize("block", [Stream, Handed])
-def test_tensors_over_a_cut_that_are_made_one_from_another_are_weighed(block: type[nn.Module]) -> None:
-    torch.set_default_dtype(torch.float32)
-    net = nn.Sequential(*(block() for _ in range(5)))
-    model = planned(net, torch.rand(16, 64 if block is Stream else 32), 3)
-    assert_local_gradients(model, *torch.rand(2, 4, 64 if block is Stream else 32))
-
-
-class Projected(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.project = nn.Linear(32, 32), Normalised()
-        self.top = nn.Sequential(*(nn.Linear(32, 32) for _ in range(3)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.top(self.project(self.a(x))[0])  # type: ignore[no-any-return]
-
-
-def test_a_tensor_over_a_cut_that_only_the_other_was_made_from() -> None:
-    torch.set_default_dtype(torch.float32)
-    assert plan_stages(Projected(), torch.rand(8, 32), 4).stages[-1].startswith("top")
-
-
-class Tokens(nn.Module):
-    """Blocks of tokens, and a pooling that puts positions last, as Hugging Face's Swin."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)) for _ in range(4)))
-        self.pooler = nn.AdaptiveAvgPool1d(1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.pooler(self.blocks(x).transpose(1, 2)).flatten(1)  # type: ignore[no-any-return]
-
-
-def test_a_pooling_over_tokens_is_left_out() -> None:
-    torch.set_default_dtype(torch.float32)
-    assert plan_stages(Tokens(), torch.rand(8, 6, 8), 4).stages == ("blocks.0", "blocks.1", "blocks.2", "blocks")
+def test_tiny_images() -> None:
+    assert LocalWrapper(models.resnet18(), "auto", example=torch.rand(4, 3, 2, 2)).stages[-1] != "fc"
+    with pytest.raises(
+        ValueError, match=r"cut after \['relu'\]: what follows sees maps of a single position.*larger inputs"
+    ):
+        LocalWrapper(models.resnet18(), "auto", example=torch.rand(4, 3, 4, 4))

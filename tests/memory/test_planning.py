@@ -6,6 +6,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from itertools import combinations
 from math import inf
+from typing import Any
 
 import pytest
 import timm
@@ -18,6 +19,7 @@ from zoo import ZOO, RunsTwice, SharedWeight, SkipFromInside, SkipOverCut, conv
 from locallearn import ConvMLPDecoder, LocalWrapper, MLPDecoder, Plan, StagePlan, TokenDecoder, plan_stages
 from locallearn._fitting.chain import links
 from locallearn.memory import Cost, measure, planning
+from locallearn.memory.predict import size
 
 
 def vit_small() -> nn.Module:
@@ -147,8 +149,45 @@ def test_a_budget_gives_the_most_even_computation_that_fits() -> None:
     assert least.peak() < even.peak()
     assert plan_stages(net, images, 3, 1, even.peak(), decoder=MLPDecoder) == even
     assert plan_stages(net, images, 3, 1, least.peak(), decoder=MLPDecoder).peak() == least.peak()
-    with pytest.raises(ValueError, match="no cuts into 3 stages with overlap 1 fit into 0 MB; the least is"):
+    with pytest.raises(
+        ValueError, match=r"no cuts into 3 stages with overlap 1 fit into 1 B; the least is 1\.85 MB\. Try"
+    ):
         plan_stages(net, images, 3, 1, 1, decoder=MLPDecoder)
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (1, "1 B"),
+        (999, "999 B"),
+        (999.7, "1 kB"),
+        (4100, "4.1 kB"),
+        (8.2e8, "820 MB"),
+        (1e9, "1 GB"),
+        (5e15, "5,000 TB"),
+    ],
+)
+def test_bytes_are_told_in_the_unit_that_fits(count: float, text: str) -> None:
+    assert size(count) == text
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem", "message"),
+    [
+        ({"budget": torch.nan}, ValueError, "budget is a number of bytes, more than 0; got nan"),
+        ({"budget": -1}, ValueError, "budget is a number of bytes, more than 0; got -1"),
+        ({"budget": "8GB"}, TypeError, "budget is a number of bytes, such as 8e9; got '8GB'"),
+        ({"n": 2.5}, TypeError, "n, the number of stages, is a whole number, at least 1; got 2.5"),
+        ({"n": "4"}, TypeError, "n, the number of stages, is a whole number, at least 1; got '4'"),
+        ({"n": 0}, ValueError, "n, the number of stages, is a whole number, at least 1; got 0"),
+        ({"overlap": 1.5}, TypeError, "overlap is a whole number, at least 0; got 1.5"),
+        ({"overlap": None}, TypeError, "overlap is a whole number, at least 0; got None"),
+        ({"ranks": 1.5}, TypeError, "ranks is a whole number, at least 0; got 1.5"),
+    ],
+)
+def test_settings_of_another_kind_are_refused(settings: dict[str, Any], problem: type[Exception], message: str) -> None:
+    with pytest.raises(problem, match=message):
+        plan_stages(chain([4, 4, 4]), torch.zeros(2, 3, 8, 8), **settings)
 
 
 def test_too_few_places_are_named() -> None:

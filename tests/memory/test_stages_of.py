@@ -77,5 +77,5 @@ def test_children_of_one_class_are_taken_whole_though_they_can_be_cut_inside() -
 def test_too_few_blocks_are_told() -> None:
     with pytest.raises(ValueError, match=r"3 stages need as many blocks, .*\['0', '1'\]"):
         stages_of(nn.Sequential(conv(3, 4), conv(4, 4)), 3, torch.rand(2, 3, 8, 8))
-    with pytest.raises(ValueError, match="at least one stage; got n=0"):
+    with pytest.raises(ValueError, match="the number of stages, is a whole number, at least 1; got 0"):
         stages_of(conv(3, 4), 0)

@@ -904,3 +904,27 @@ def test_an_interrupt_anywhere_leaves_the_backbone_plain(at: int) -> None:
     assert all(net.get_buffer(name) is buffer for name, buffer in kept.items())
     model.zero_grad()
     model.local_step(*views())
+
+
+class Remembers(nn.Module):
+    """Keeps what it has seen, as a cache of keys does, and fails where that has another shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.seen = nn.Linear(4, 4), {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        known = torch.cat([self.seen["x"], x]) if "x" in self.seen else x
+        self.seen["x"] = known.detach()
+        return self.linear(x) + known
+
+
+def test_what_does_not_run_a_second_time_is_told_with_what_it_said() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), Remembers(), nn.Linear(4, 4))
+    net[1].seen = {}
+    model = LocalWrapper(net, [0, 2], decoder=MLPDecoder, checkpoint=Remembers, example=torch.rand(1, 4))
+    net[1].seen.clear()
+    with pytest.raises(
+        RuntimeError, match=r"'1' cannot be recomputed: its forward ran once.*size of tensor.*use_cache=False"
+    ):
+        model.local_step(*torch.rand(2, 4, 4))

@@ -13,6 +13,7 @@ import pytest
 import torch
 from test_local_pass import PLANS, SCHEDULES
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from locallearn import LocalWrapper, MLPDecoder, Plan, Soft, Unit, memory_report
 from locallearn._walk.segment import Segment, cut, overlapping
@@ -443,3 +444,29 @@ class Finds(Layers):
 def test_what_an_unknown_object_holds_crosses_the_cut_and_is_refused() -> None:
     with pytest.raises(ValueError, match=r"stage 1 \('1'\) uses an activation of '0.one', made in stage 0 \('0'\)"):
         LocalWrapper(nn.Sequential(Hides(), Finds()), [0, 1], decoder=MLPDecoder, example=torch.rand(2, WIDTH))
+
+
+class Recurrent(nn.Module):
+    """Layers that hand on a `PackedSequence`, a tuple that cannot be made of anything but tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.r1 = nn.GRU(4, 3, batch_first=True)
+        self.r2 = nn.GRU(3, 3, batch_first=True)
+        self.r3 = nn.LSTM(3, 3, batch_first=True)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        for layer in (self.r1, self.r2, self.r3):
+            packed, _ = layer(packed)
+        return pad_packed_sequence(packed, batch_first=True)[0]
+
+
+@pytest.mark.parametrize("overlap", [0, 1, 2])
+def test_texts_of_different_lengths(overlap: int) -> None:
+    def padded(outlet: Any) -> Tensor:
+        return pad_packed_sequence(outlet[0], batch_first=True, total_length=5)[0]
+
+    views = [(torch.randn(4, 5, 4), torch.tensor(lengths)) for lengths in ([5, 3, 2, 4], [5, 4, 2, 1])]
+    model = LocalWrapper(Recurrent(), ["r1", "r2", "r3"], overlap, features=padded, example=views[0])
+    assert_local_gradients(model, *views)
