@@ -38,7 +38,7 @@ MORE_OF_TIMM: dict[str, dict[str, Any]] = {
     "convit_tiny": {"img_size": 64},
     "crossvit_tiny_240": {"img_size": 120},
     "cspdarknet53": {},
-    "davit_tiny": {"img_size": 64},
+    "davit_tiny": {},
     "deit_tiny_distilled_patch16_224": {"img_size": 64},
     "densenet121": {},
     "dm_nfnet_f0": {},
