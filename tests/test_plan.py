@@ -99,4 +99,4 @@ def test_plan_imports_no_torch() -> None:
         if isinstance(node, ast.Import | ast.ImportFrom)
         for alias in node.names
     }
-    assert imported == {"__future__", "collections.abc", "dataclasses", "operator"}
+    assert imported == {"__future__", "collections.abc", "dataclasses", "operator", "typing"}

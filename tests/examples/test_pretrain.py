@@ -497,7 +497,7 @@ def test_a_run_that_diverges_stops_in_one_line_and_keeps_the_weights_from_before
     errors = capsys.readouterr().err
     assert re.search(r"warning: step \d: unit 0: its loss is not finite", errors)
     assert re.fullmatch(
-        r"error: the loss of unit 0.* not been finite for 5 steps in a row; lower .*", errors.splitlines()[-1]
+        r"error: the loss(es)? of units? 0.* not been finite for 5 steps in a row; lower .*", errors.splitlines()[-1]
     )
     kept = runs.newest_checkpoint(out)
     assert kept["step"] <= 2
