@@ -51,23 +51,38 @@ INSTANT = Link()
 
 @dataclass
 class Op:
-    """What a rank does at a stretch; messages are named as the sender and the receiver agree."""
+    """What a rank does at a stretch; messages are named as the sender and the receiver agree.
+
+    Attributes:
+        kind: "forward", "decoder", "pull" or "push" as in :class:`Costs`, or "wait".
+        batch: its number.
+        seconds: that it takes.
+        needs: the messages that it waits for.
+        gives: messages, and the part of an outlet that each is.
+        keeps: how many stages' activations of a whole batch live on from here; negative if they end here.
+        later: what it leaves to be done while the rank would wait.
+        most_owed: how many of those may still be undone when it begins.
+    """
 
     kind: str
     batch: int
     seconds: float
     needs: tuple[object, ...] = ()
-    gives: list[tuple[object, float]] = field(default_factory=list)  # messages, and the part of an outlet that each is
+    gives: list[tuple[object, float]] = field(default_factory=list)
+    keeps: float = 0.0
+    later: Op | None = None
+    most_owed: float = float("inf")
 
 
 class Span(NamedTuple):
-    """When an operation ran."""
+    """When an operation ran, and what it kept."""
 
     rank: int
     kind: str
     batch: int
     begin: float
     end: float
+    keeps: float
 
 
 def run(programs: Sequence[Iterable[Op]], link: Link = INSTANT) -> list[Span]:
@@ -77,23 +92,36 @@ def run(programs: Sequence[Iterable[Op]], link: Link = INSTANT) -> list[Span]:
         ValueError: if ranks wait for each other for ever.
     """
     left = [deque(program) for program in programs]
+    owed: list[deque[Op]] = [deque() for _ in left]
     free = [0.0] * len(left)
     arrived: dict[object, float] = {}
     spans: list[Span] = []
+
+    def do(rank: int, op: Op, ready: float = 0.0) -> None:
+        begin = max(free[rank], ready)
+        free[rank] = begin + op.seconds
+        spans.append(Span(rank, op.kind, op.batch, begin, free[rank], op.keeps))
+        for message, part in op.gives:
+            arrived[message] = free[rank] + link.latency + part * link.per_outlet
+        if op.later is not None:
+            owed[rank].append(op.later)
+
     moved = True
     while moved:
         moved = False
         for rank, program in enumerate(left):
             while program and all(need in arrived for need in program[0].needs):
                 op = program.popleft()
-                begin = max([free[rank], *(arrived[need] for need in op.needs)])
-                free[rank] = begin + op.seconds
-                spans.append(Span(rank, op.kind, op.batch, begin, free[rank]))
-                for message, part in op.gives:
-                    arrived[message] = free[rank] + link.latency + part * link.per_outlet
+                ready = max((arrived[need] for need in op.needs), default=0.0)
+                while (debts := owed[rank]) and (len(debts) > op.most_owed or free[rank] + debts[0].seconds <= ready):
+                    do(rank, debts.popleft())
+                do(rank, op, ready)
                 moved = True
     if any(left):
         raise ValueError(f"ranks wait for each other: {[program[0] for program in left if program]}")
+    for rank, debts in enumerate(owed):
+        for op in debts:
+            do(rank, op)
     return spans
 
 
@@ -115,18 +143,18 @@ def _local_rank(plan: Plan, share: Share, costs: Sequence[Costs], batches: int, 
                 leaving = below and stage == share.lowest
                 sent: list[tuple[object, float]] = [(("gradient", k, share.rank - 1, t), 1.0)] if leaving else []
                 if last and stage not in waiting and (eager or not leaving):
-                    yield Op("push", t, costs[stage].push, gives=sent)
+                    yield Op("push", t, costs[stage].push, gives=sent, keeps=-1)
                     continue
                 if stage in unit.updates:
                     waiting.add(stage)
                 if below:
                     yield Op("pull", t, costs[stage].pull, gives=sent)
                 if last and stage in waiting:
-                    yield Op("push", t, costs[stage].push)
+                    yield Op("push", t, costs[stage].push, keeps=-1)
 
         below = (("outlet", share.rank - 1, t),) if share.rank else ()
         for stage in share.stages:
-            op = Op("forward", t, costs[stage].forward, below if stage == share.lowest else ())
+            op = Op("forward", t, costs[stage].forward, below if stage == share.lowest else (), keeps=1)
             if stage == share.highest:
                 op.gives.append((("outlet", share.rank, t), 1.0))
             yield op
@@ -139,13 +167,17 @@ def _local_rank(plan: Plan, share: Share, costs: Sequence[Costs], batches: int, 
             if late >= 0:
                 yield Op("wait", late, 0.0, (("gradient", k, share.rank, late),))
                 if eager:
-                    yield Op("push", late, costs[share.highest].push)
+                    yield Op("push", late, costs[share.highest].push, keeps=-1)
                 else:
                     yield from walk(k, late)
 
 
 def end_to_end(ranks: Sequence[int], costs: Sequence[Costs], batches: int, parts: int, schedule: str) -> list[list[Op]]:
-    """GPipe, 1F1B or ZB-H1 with ``parts`` micro-batches; the loss is at the last stage, and every batch ends in a flush."""
+    """GPipe, 1F1B or ZB-H1 with ``parts`` micro-batches; the loss is at the last stage, and every batch ends in a flush.
+
+    ZB-H1 (Qi et al., 2024, "Zero Bubble Pipeline Parallelism") computes weights' gradients while it would wait, and keeps no
+    more on any rank than 1F1B does on the first.
+    """
     begins = [sum(ranks[:r]) for r in range(len(ranks))]
     programs: list[list[Op]] = []
     for rank, (begin, n) in enumerate(zip(begins, ranks, strict=True)):
@@ -156,42 +188,47 @@ def end_to_end(ranks: Sequence[int], costs: Sequence[Costs], batches: int, parts
         push = (sum(c.push - c.pull for c in own)) / parts
         program: list[Op] = []
         for t in range(batches):
-            program += _one_batch(rank, len(ranks), t, parts, schedule, (forward, pull, push))
+            program += _one_batch(rank, len(ranks), t, parts, schedule, (forward, pull, push), n / parts)
         programs.append(program)
     return programs
 
 
 def _one_batch(
-    rank: int, ranks: int, t: int, parts: int, schedule: str, seconds: tuple[float, float, float]
+    rank: int, ranks: int, t: int, parts: int, schedule: str, seconds: tuple[float, float, float], kept: float
 ) -> list[Op]:
     forward, pull, push = seconds
 
     def f(m: int) -> Op:
         below = ((("f", rank - 1, t, m),)) if rank else ()
-        return Op("forward", t, forward, below, [(("f", rank, t, m), 1 / parts)])
+        owed = rank if m else 0  # ranks further up have less to wait for, and may put more off; a step comes first
+        return Op("forward", t, forward, below, [(("f", rank, t, m), 1 / parts)], kept, most_owed=owed)
 
-    def b(m: int, seconds: float) -> Op:
+    def b(m: int) -> Op:
         above = (("b", rank + 1, t, m),) if rank < ranks - 1 else ()
-        return Op("push" if seconds > pull else "pull", t, seconds, above, [(("b", rank, t, m), 1 / parts)])
-
-    def w() -> Op:
-        return Op("push", t, push)
+        gives: list[tuple[object, float]] = [(("b", rank, t, m), 1 / parts)]
+        if schedule == "ZB-H1":
+            return Op("pull", t, pull, above, gives, later=Op("push", t, push, keeps=-kept))
+        return Op("push", t, pull + push, above, gives, keeps=-kept)
 
     if schedule == "GPipe":
-        return [*map(f, range(parts)), *(b(m, pull + push) for m in range(parts))]
+        return [*map(f, range(parts)), *map(b, range(parts))]
     ahead = min(ranks - rank, parts)  # forwards before the first backward
     program = [f(m) for m in range(ahead)]
-    owed = 0
     for m in range(parts):
-        program.append(b(m, pull + push if schedule == "1F1B" else pull))
-        if schedule == "ZB-H1":
-            owed += 1
-            if owed > rank:  # ranks further up have less to wait for, and put more off
-                program.append(w())
-                owed -= 1
+        program.append(b(m))
         if m + ahead < parts:
             program.append(f(m + ahead))
-    return program + [w() for _ in range(owed)] if schedule == "ZB-H1" else program
+    return program
+
+
+def most_kept(spans: Sequence[Span]) -> float:
+    """The most that a rank keeps at once, in activations of a stage for a whole batch."""
+    kept: dict[int, float] = {}
+    most = 0.0
+    for span in spans:  # a rank's own are in the order of time
+        kept[span.rank] = kept.get(span.rank, 0.0) + span.keeps
+        most = max(most, kept[span.rank])
+    return most
 
 
 def seconds_per_batch(spans: Sequence[Span]) -> float:

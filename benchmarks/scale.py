@@ -3,9 +3,10 @@
     python benchmarks/scale.py                       # prints the table
     python benchmarks/scale.py --write docs/benchmarks
 
-All ways train the same chain of blocks, cut into four stages, two on each rank. They take turns, a few steps at a time, for
-some rounds; a row is the median over rounds. Two cores of one machine are not twice one: in the row `ceiling` both processes
-work at once, by themselves, on half of the steps each, and every other row is given as a share of it, too.
+All ways train the same chain of blocks, cut into four stages, two on each rank: once few channels on large maps, as low in a
+ResNet, once many on small ones, as high in it. They take turns, some steps at a time, for some rounds; a row is the median
+over rounds. Two cores of one machine are not twice one: in the row `ceiling` both processes work at once, by themselves, on half
+of the steps each, and every other row is given as a share of it, too.
 
 The same costs, measured stage by stage, go into a replay (`replay.py`), which says what the schedules do on more ranks.
 """
@@ -31,7 +32,7 @@ from hardware import machine
 from replay import Costs
 from stage_costs import stage_costs
 from torchvision.models import resnet50, vit_b_16
-from ways import STAGES, Setting, Way, ways, wrapped
+from ways import PARTS, Setting, Way, ways, wrapped
 
 from locallearn import ConvMLPDecoder, LocalWrapper, TokenDecoder, plan_stages
 from locallearn.memory import measure
@@ -39,6 +40,8 @@ from locallearn.memory import measure
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 from command_line import Parser, at_least, write
+
+SETTINGS = (Setting(width=64, pixels=16), Setting(width=256, pixels=4))
 
 
 def timed(way: Way, steps: int) -> float:
@@ -61,9 +64,8 @@ def work(rank: int, folder: str, setting: Setting, steps: int, rounds: int) -> N
     for way in every:
         timed(way, 2)
     for count in range(rounds):
-        for way in (
-            every[count % len(every) :] + every[: count % len(every)]
-        ):  # no way has the same one before it always
+        begin = count % len(every)
+        for way in every[begin:] + every[:begin]:
             seconds[way.name].append(timed(way, steps) / steps)
         if rank == 0:
             print(f"round {count + 1} of {rounds}", file=sys.stderr)
@@ -74,10 +76,12 @@ def work(rank: int, folder: str, setting: Setting, steps: int, rounds: int) -> N
         sent = way.sent() - before + way.sent_each_step
         way.flush()
         rows[way.name] = {"method": way.method, "seconds": seconds[way.name], "peak_bytes": peak, "sent": sent}
-    costs = []
+    costs = {}
     if rank == 0:
-        images = torch.rand(setting.rows, setting.width, setting.pixels, setting.pixels)
-        costs = [cost._asdict() for cost in stage_costs(wrapped(setting, 0), images)]
+        for parts in (1, *PARTS):
+            images = torch.rand(setting.rows // parts, setting.width, setting.pixels, setting.pixels)
+            part = stage_costs(wrapped(setting, 0), images)
+            costs[str(parts)] = [Costs(*(parts * seconds for seconds in cost))._asdict() for cost in part]
     dist.barrier()
     Path(folder, f"{rank}.json").write_text(json.dumps({"rows": rows, "costs": costs}))
     dist.destroy_process_group()
@@ -114,22 +118,21 @@ def collect(setting: Setting, steps: int, rounds: int) -> dict[str, Any]:
             "peak_bytes": [row["peak_bytes"], other["peak_bytes"]],
             "sent": [row["sent"], other["sent"]],
         }
-    return {"rows": rows, "costs": both[0]["costs"], "setting": setting._asdict(), "stages": STAGES}
+    return {"rows": rows, "costs": both[0]["costs"], "setting": setting._asdict(), "steps": steps}
 
 
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=at_least(1), default=9)
-    parser.add_argument("--steps", type=at_least(2), default=6, help="in a round; an even number")
-    parser.add_argument("--rows", type=at_least(16), default=64, help="images in a batch, both views together")
-    parser.add_argument("--width", type=at_least(1), default=64)
-    parser.add_argument("--pixels", type=at_least(1), default=16)
+    parser.add_argument(
+        "--steps", type=at_least(2), default=16, help="in a round, after which pipelines run empty; an even number"
+    )
     parser.add_argument("--networks", metavar="DEVICE", help="also measure the stages of ResNet-50 and ViT-B/16 there")
     parser.add_argument("--network-rows", type=at_least(2), default=64, help="images in their batch")
     parser.add_argument("--write", type=Path, metavar="FOLDER", help="keep scale.json, scale.md and pictures there")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    record = collect(Setting(args.rows, args.width, args.pixels), args.steps, args.rounds)
+    record: dict[str, Any] = {"chains": [collect(setting, args.steps, args.rounds) for setting in SETTINGS]}
     if args.networks:
         networks = network_costs(args.networks, args.network_rows, (2, 4, 8))
         record["networks"] = {

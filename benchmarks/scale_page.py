@@ -10,7 +10,7 @@ from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
-from replay import INSTANT, UNIT, Costs, Link, Op, Span, alone, end_to_end, local, run, seconds_per_batch
+from replay import INSTANT, UNIT, Costs, Link, Op, Span, alone, end_to_end, local, most_kept, run, seconds_per_batch
 
 from locallearn import Plan
 
@@ -21,6 +21,7 @@ from drawing.figure_style import STYLE, quiet
 CEILING = "ceiling: each process by itself, half of the steps"
 KINDS = {"forward": "#4477aa", "decoder": "#ccbb44", "pull": "#66ccee", "push": "#228833"}
 RANKS = (2, 4, 8, 16, 32, 64)
+CLASSICAL = ("GPipe", "1F1B", "ZB-H1")
 BATCHES = 24
 PAPER = {  # per cent of the FLOPs in each stage, by Table 6 of the LoCo paper
     "PResNet-50, six": (13.50, 14.63, 14.77, 16.62, 20.45, 20.04),
@@ -31,14 +32,19 @@ PAPER = {  # per cent of the FLOPs in each stage, by Table 6 of the LoCo paper
 COLUMNS = ["ms a batch", "quartiles", "speed-up", "of the ceiling", "by replay", "peak MB, by rank", "MB sent, by rank"]
 HEAD = """# Two processes
 
-A chain of {blocks} blocks on {width} channels of {pixels} x {pixels}, in four stages, two on each process; {rows} images a batch,
-both views together; momentum SGD; single precision. Ways take turns; medians over {rounds} rounds, and quartiles. Peaks are of
-live bytes, without weights and their gradients. `{command}`; {machine}.
+`{command}`; {machine}.
 
-Two processes that send each other nothing and share the steps are {ceiling:.2f} times as fast as one: that is what two cores of
-this machine can do. The speed-up of each row is over one process of its own method, and given as a share of that ceiling, too.
-The replay's is from costs of single stages, and the ceiling. torch's pipelines have a micro-batch's own negatives, all others
-the whole batch's; in data parallel each process has half of it.
+Chains of blocks in four stages, two on each process; momentum SGD; single precision. Ways take turns, {steps} steps at a time,
+after which pipelines run empty; medians over {rounds} rounds, and quartiles. Peaks are of live bytes, without weights and their
+gradients. Two processes that send each other nothing and share the steps tell what two cores of this machine can do: the
+*ceiling*. The speed-up of each row is over one process of its own method, and given as a share of the ceiling, too. The
+replay's is from costs of single stages, at the size of a micro-batch where there are such, and the ceiling. torch's pipelines
+have a micro-batch's own negatives, all others the whole batch's; in data parallel each process has half of it.
+"""
+CHAIN = """
+## {width} channels of {pixels} x {pixels}
+
+{blocks} blocks, {rows} images a batch, both views together. The ceiling is {ceiling:.2f} times one process.
 """
 MANY = """## More ranks, by replay
 
@@ -48,6 +54,11 @@ a flush after each batch.
 """
 LATE = """
 With an outlet, or its gradient, that takes as long to send as half of a stage's forward:
+
+"""
+KEPT = """
+What the busiest rank keeps of the activations of a whole batch, in % of what one process keeps end to end. The parts of a batch
+that are on their way to it, and gradients that wait, come on top.
 
 """
 PAPERS = """
@@ -75,20 +86,27 @@ def speedups(record: dict[str, Any]) -> dict[str, float]:
 
 def predicted(record: dict[str, Any]) -> dict[str, float]:
     """By the replay of the costs measured on one thread, times what two processes at once get of two cores."""
-    costs = [Costs(**cost) for cost in record["costs"]]
-    stages, ceiling = len(costs), speedups(record)[CEILING] / 2
+    by_parts = {int(parts): [Costs(**cost) for cost in costs] for parts, costs in record["costs"].items()}
+    costs = by_parts.pop(1)
+    ceiling = speedups(record)[CEILING] / 2
     found = {}
     for name, overlap, eager in (("LoCo, exact", 1, False), ("LoCo, eager", 1, True), ("Greedy InfoMax", 0, False)):
-        plan = Plan.windows(stages, overlap)
-        two = seconds_per_batch(run(local(plan, [2, 2], costs, BATCHES, eager=eager)))
-        found[f"{name}, pipeline [2, 2]"] = alone(plan, costs) / two * ceiling
-    last = [cost._replace(decoder=cost.decoder * (s == stages - 1)) for s, cost in enumerate(costs)]
-    one = sum(cost.forward + cost.push + cost.decoder for cost in last)
+        plan = Plan.windows(len(costs), overlap)
+        found[f"{name}, pipeline [2, 2]"] = _local(plan, [2, 2], costs, eager=eager)[0] * ceiling
+    one = _end_to_end_seconds(costs)
     for name in ("GPipe", "1F1B"):
-        for parts in (4, 8):
-            two = seconds_per_batch(run(end_to_end([2, 2], last, BATCHES, parts, name)))
-            found[f"end to end, {name}, {parts} micro-batches"] = one / two * ceiling
+        for parts, smaller in by_parts.items():
+            spans = run(end_to_end([2, 2], _one_decoder(smaller), BATCHES, parts, name))
+            found[f"end to end, {name}, {parts} micro-batches"] = one / seconds_per_batch(spans) * ceiling
     return found
+
+
+def _one_decoder(costs: Sequence[Costs]) -> list[Costs]:
+    return [*(cost._replace(decoder=0) for cost in costs[:-1]), costs[-1]]
+
+
+def _end_to_end_seconds(costs: Sequence[Costs]) -> float:
+    return sum(cost.forward + cost.push for cost in costs) + costs[-1].decoder
 
 
 def text(record: dict[str, Any]) -> str:
@@ -96,14 +114,24 @@ def text(record: dict[str, Any]) -> str:
 
 
 def _lines(record: dict[str, Any]) -> Iterator[str]:
-    fast, expected, ceiling = speedups(record), predicted(record), speedups(record)[CEILING]
+    first = record["chains"][0]
     yield HEAD.format(
-        **record["setting"],
-        rounds=len(record["rows"][CEILING]["seconds"]),
+        rounds=len(first["rows"][CEILING]["seconds"]),
+        steps=first["steps"],
         command=record["command"],
         machine=record["machine"],
-        ceiling=ceiling,
     )
+    for chain in record["chains"]:
+        yield from _chain(chain)
+    yield "\n![Who computes and who waits, on four ranks](scale_timeline.png)\n"
+    yield from _many()
+    yield from _networks(record)
+
+
+def _chain(record: dict[str, Any]) -> Iterator[str]:
+    fast, expected = speedups(record), predicted(record)
+    ceiling = fast[CEILING]
+    yield CHAIN.format(**record["setting"], ceiling=ceiling)
     yield f"| | {' | '.join(COLUMNS)} |"
     yield "|---|" + "--:|" * len(COLUMNS)
     for name, row in record["rows"].items():
@@ -117,9 +145,6 @@ def _lines(record: dict[str, Any]) -> Iterator[str]:
         )
     yield ""
     yield from _promises(fast, expected, ceiling)
-    yield "\n![Who computes and who waits, on four ranks](scale_timeline.png)\n"
-    yield from _many()
-    yield from _networks(record)
 
 
 def _promises(fast: dict[str, float], expected: dict[str, float], ceiling: float) -> Iterator[str]:
@@ -142,12 +167,17 @@ def _verdict(kept: bool) -> str:
 def _many() -> Iterator[str]:
     yield MANY
     exact = [f"LoCo exact, {each} a rank" for each in (1, 2, 4)]
-    names = ["Greedy InfoMax", *exact, "LoCo eager, 1 a rank", "GPipe", "1F1B", "ZB-H1"]
+    header = " | ".join(["Greedy InfoMax", *exact, "LoCo eager, 1 a rank", *CLASSICAL])
+    rule = "|--:|" + "--:|" * (5 + len(CLASSICAL))
     for most, link, heading in ((len(RANKS), INSTANT, ""), (4, Link(0.0, 0.5), LATE)):
-        yield f"{heading}| ranks | {' | '.join(names)} |"
-        yield "|--:|" + "--:|" * len(names)
+        yield f"{heading}| ranks | {header} |"
+        yield rule
         for ranks in RANKS[:most]:
-            yield f"| {ranks} | " + " | ".join(f"{value:.2f}" for value in replayed(ranks, link)) + " |"
+            yield f"| {ranks} | " + " | ".join(f"{fast:.2f}" for fast, _ in replayed(ranks, link)) + " |"
+    yield f"{KEPT}| ranks | {header} |"
+    yield rule
+    for ranks in RANKS:
+        yield f"| {ranks} | " + " | ".join(f"{100 * kept:.1f}" for _, kept in replayed(ranks)) + " |"
     yield PAPERS
     yield "| backbone and workers | LoCo exact | LoCo eager | Greedy InfoMax |"
     yield "|---|--:|--:|--:|"
@@ -174,29 +204,37 @@ def _network(costs: Sequence[Costs], ranks: int) -> list[float]:
     each = [2] * ranks
     loco, gim = Plan.windows(len(costs), 1), Plan.greedy(len(costs))
     found = [_speedup(loco, each, costs), _speedup(loco, each, costs, eager=True), _speedup(gim, each, costs)]
-    last = [cost._replace(decoder=cost.decoder * (s == len(costs) - 1)) for s, cost in enumerate(costs)]
-    one = sum(cost.forward + cost.push + cost.decoder for cost in last)
-    schedules = ("GPipe", "1F1B", "ZB-H1")
-    return found + [one / seconds_per_batch(run(end_to_end(each, last, 6, 32, schedule))) for schedule in schedules]
+    return found + [_classical(each, costs, schedule)[0] for schedule in CLASSICAL]
 
 
-def _speedup(
+def _speedup(plan: Plan, ranks: Sequence[int], costs: Sequence[Costs], *, eager: bool = False) -> float:
+    return _local(plan, ranks, costs, eager=eager)[0]
+
+
+def _local(
     plan: Plan, ranks: Sequence[int], costs: Sequence[Costs], link: Link = INSTANT, *, eager: bool = False
-) -> float:
-    return alone(plan, costs) / seconds_per_batch(run(local(plan, ranks, costs, BATCHES, eager=eager), link))
+) -> tuple[float, float]:
+    """The speed-up over one process, and what the busiest rank keeps as a part of the whole network's activations."""
+    spans = run(local(plan, ranks, costs, BATCHES, eager=eager), link)
+    return alone(plan, costs) / seconds_per_batch(spans), most_kept(spans) / plan.stages
 
 
-def replayed(ranks: int, link: Link = INSTANT, parts: int = 32) -> list[float]:
-    """Speed-ups, in the order of the page's columns."""
-    found = [_speedup(Plan.greedy(ranks), [1] * ranks, [UNIT] * ranks, link)]
+def _classical(
+    ranks: Sequence[int], costs: Sequence[Costs], schedule: str, link: Link = INSTANT
+) -> tuple[float, float]:
+    """The same of end-to-end training with 32 micro-batches."""
+    spans = run(end_to_end(ranks, _one_decoder(costs), 6, 32, schedule), link)
+    return _end_to_end_seconds(costs) / seconds_per_batch(spans), most_kept(spans) / len(costs)
+
+
+def replayed(ranks: int, link: Link = INSTANT) -> list[tuple[float, float]]:
+    """Speed-ups and what is kept, in the order of the page's columns."""
+    found = [_local(Plan.greedy(ranks), [1] * ranks, [UNIT] * ranks, link)]
     for each in (1, 2, 4):
-        found.append(_speedup(Plan.windows(ranks * each, 1), [each] * ranks, [UNIT] * (ranks * each), link))
-    found.append(_speedup(Plan.windows(ranks, 1), [1] * ranks, [UNIT] * ranks, link, eager=True))
+        found.append(_local(Plan.windows(ranks * each, 1), [each] * ranks, [UNIT] * (ranks * each), link))
+    found.append(_local(Plan.windows(ranks, 1), [1] * ranks, [UNIT] * ranks, link, eager=True))
     costs = [UNIT._replace(decoder=0)] * ranks
-    for schedule in ("GPipe", "1F1B", "ZB-H1"):
-        seconds = seconds_per_batch(run(end_to_end([1] * ranks, costs, 6, parts, schedule), link))
-        found.append(sum(cost.forward + cost.push for cost in costs) / seconds)
-    return found
+    return found + [_classical([1] * ranks, costs, schedule, link) for schedule in CLASSICAL]
 
 
 def pictures(record: dict[str, Any], folder: Path) -> None:

@@ -17,6 +17,7 @@ from locallearn import InfoNCE, LocalWrapper, MLPDecoder, info_nce
 from locallearn.pipeline import Pipeline
 
 STAGES = 4
+PARTS = (4, 8)  # micro-batches
 
 
 class Setting(NamedTuple):
@@ -111,7 +112,7 @@ def ways(setting: Setting, rank: int) -> list[Way]:
             Way(f"{name}, pipeline [2, 2]", method, step, flush=pipe.flush, sent=lambda pipe=pipe: pipe.bytes_sent)
         )
     for kind in (ScheduleGPipe, Schedule1F1B):
-        for parts in (4, 8):
+        for parts in PARTS:
             found.append(_classical(kind, parts, setting, rank, views))
     for name, overlap in (("LoCo", 1), ("end to end", STAGES - 1)):
         found.append(_data_parallel(name, wrapped(setting, overlap), half))

@@ -12,7 +12,7 @@ pytest.importorskip("matplotlib", reason="the examples need the extra `examples`
 pytest.importorskip("tqdm")
 import scale
 import scale_page
-from replay import UNIT, Costs, Link, Op, alone, end_to_end, local, run, seconds_per_batch
+from replay import UNIT, Costs, Link, Op, alone, end_to_end, local, most_kept, run, seconds_per_batch
 from stage_costs import stage_costs
 from ways import Setting
 
@@ -55,6 +55,30 @@ def test_no_replay_beats_the_work_of_the_busiest_rank_and_local_units_without_ov
         assert overlap or seconds == pytest.approx(busiest)
 
 
+def test_zb_h1_has_the_bubble_of_its_paper_and_keeps_no_more_than_1f1b_on_its_first_rank() -> None:
+    costs, ranks = [UNIT._replace(decoder=0)] * 8, 8
+    for parts in (4, 8, 32):
+        zero, one = (run(end_to_end([1] * 8, costs, 6, parts, name)) for name in ("ZB-H1", "1F1B"))
+        forward = pull = push = 1 / parts
+        bubble = (ranks - 1) * (forward + pull - push)  # Table 2 of Qi et al., 2024
+        if parts < ranks:  # too few weights' gradients to fill it: up to the last rank, all of its work, and down again
+            path = (ranks - 1) * (forward + pull) + parts * (forward + pull) + push
+            assert seconds_per_batch(zero) == pytest.approx(path)
+        else:
+            assert seconds_per_batch(zero) == pytest.approx(3 + bubble)
+        assert seconds_per_batch(zero) < seconds_per_batch(one)
+        assert most_kept(zero) == pytest.approx(most_kept(one)) == pytest.approx(min(ranks, parts) / parts)
+
+
+def test_what_ranks_keep_in_each_schedule() -> None:
+    costs = [UNIT] * 8
+    assert most_kept(run(end_to_end([2] * 4, costs, 6, 8, "GPipe"))) == 2
+    assert most_kept(run(end_to_end([2] * 4, costs, 6, 8, "1F1B"))) == pytest.approx(2 * 4 / 8)
+    assert most_kept(run(local(Plan.greedy(8), [2] * 4, costs, 6))) == 1
+    assert most_kept(run(local(Plan.windows(8, 1), [2] * 4, costs, 6))) == 2
+    assert most_kept(run(local(Plan.windows(4, 1), [1] * 4, [UNIT] * 4, 6, eager=True))) == 2  # of two batches
+
+
 def test_ranks_that_wait_for_each_other_are_told() -> None:
     with pytest.raises(ValueError, match="ranks wait for each other"):
         run([[Op("forward", 0, 1.0, needs=("b",), gives=[("a", 1.0)])], [Op("forward", 0, 1.0, needs=("a",))]])
@@ -76,9 +100,9 @@ def test_costs_of_stages_are_those_of_the_larger_and_the_smaller_one() -> None:
 def test_the_page_says_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_default_dtype(torch.float32)
     monkeypatch.setattr(scale_page, "RANKS", (2, 4))
-    record = scale.collect(Setting(rows=32, width=4, pixels=4), steps=2, rounds=1)
-    record |= {"command": "this test", "machine": "a machine"}
-    rows = record["rows"]
+    chain = scale.collect(Setting(rows=32, width=4, pixels=4), steps=2, rounds=1)
+    record = {"command": "this test", "machine": "a machine", "chains": [chain]}
+    rows = chain["rows"]
     assert sum("pipeline [2, 2]" in name for name in rows) == 3
     assert all(len(row["seconds"]) == 1 and row["seconds"][0] > 0 for row in rows.values())
     loco, gim = (rows[f"{name}, pipeline [2, 2]"]["sent"] for name in ("LoCo, exact", "Greedy InfoMax"))
