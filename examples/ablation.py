@@ -28,7 +28,7 @@ from rich.box import SIMPLE_HEAVY
 from rich.console import Console
 from rich.table import Table
 
-READ_OUT = {"fast": "linear_eval.json", "paper": "linear_eval-paper.json"}
+PROTOCOLS = ("fast", "paper")
 OURS = ("--method", "--overlap", "--decoder", "--sharing", "--seed", "--out", "--resume")  # set row by row
 
 
@@ -108,7 +108,8 @@ def run_row(row: Row, seed: int, args: argparse.Namespace) -> float:
     resume = ["--resume"] if args.protocol == "paper" else []
     _finish(pretrain.main([*arguments, *here, "--out", str(directory), "--resume", "auto"]))
     _finish(linear_eval.main([str(directory), "--protocol", args.protocol, *resume, *here]))
-    top1 = 100 * json.loads((directory / READ_OUT[args.protocol]).read_text())["accuracy"][-1]
+    written = max(directory.glob(f"linear_eval-{args.protocol}-*.json"), key=lambda path: path.stat().st_mtime_ns)
+    top1 = 100 * json.loads(written.read_text())["accuracy"][-1]
     write(finished, lambda path: path.write_text(json.dumps({**asked, "top1": top1}, indent=1) + "\n"))
     return top1
 
@@ -226,7 +227,7 @@ def parser(ablation: Ablation, script: str) -> Parser:
     add = result.add_argument
     add("--rows", nargs="+", choices=[row.name for row in ablation.rows], metavar="ROW", help=_listed(ablation.rows))
     add("--seeds", type=at_least(1), default=3, metavar="N", help="seeds 0 to N - 1 (%(default)s)")
-    add("--protocol", choices=list(READ_OUT), default="fast", help="of the linear read-out (%(default)s)")
+    add("--protocol", choices=PROTOCOLS, default="fast", help="of the linear read-out (%(default)s)")
     add("--device", metavar="DEVICE", help="cpu, cuda, ... (cuda where there is one)")
     add("--threads", metavar="N", help="of the CPU")
     add("--out", type=Path, default=Path("runs", script), metavar="DIR", help="where the runs go (%(default)s)")

@@ -5,7 +5,8 @@
     python examples/figures.py memory runs/presnet50 runs/resnet50       # Table 7, of what memory.py --out wrote
     python examples/figures.py stages runs/*                             # linear_eval.py's accuracy, stage by stage
 
-Runs that differ in nothing but their seed are drawn as one: their mean, and how far they spread.
+Runs that differ in nothing but their seed are drawn as one: their mean, and how far they spread. What else they differ in
+stands in their names; runs of different data are not drawn on one axis.
 """
 
 from __future__ import annotations
@@ -38,11 +39,27 @@ CLASSES = {
         *("French horn", "garbage truck", "gas pump", "golf ball", "parachute"),
     ),
 }
-TOLD_APART_BY = ("arch", "data", "decoder", "sharing", "epochs")  # beside the method, where runs differ in it
+TOLD_APART_BY = (  # beside the method, where runs differ in it
+    *(
+        "arch",
+        "data",
+        "images",
+        "image_size",
+        "overlap",
+        "decoder",
+        "sharing",
+        "loss",
+        "temperature",
+        "norm",
+        "sync_bn",
+    ),
+    *("epochs", "batch_size", "optimizer", "lr", "weight_decay", "warm_up", "amp", "accumulate", "processes"),
+    *("checkpoint", "read_at", "trained_on", "read_out_epochs", "read_out_lr", "read_out_batch_size"),
+)
 MEASURES = {
-    "fast": ("linear_eval.json", "logistic regression, top-1, %"),
-    "paper": ("linear_eval-paper.json", "linear read-out by the paper's protocol, top-1, %"),
-    "knn": ("knn_eval.json", "20 nearest neighbours, top-1, %"),
+    "fast": "logistic regression, top-1, %",
+    "paper": "linear read-out by the paper's protocol, top-1, %",
+    "knn": "{k} nearest neighbours, top-1, %",
 }
 
 
@@ -57,15 +74,36 @@ class Directory:
 
 def named(found: Sequence[tuple[Path, dict[str, Any]]]) -> list[Directory]:
     """Runs by their paths and settings: SimCLR's, GIM's, LoCo's, others; named after the method and what else differs."""
-    differing = [key for key in TOLD_APART_BY if len({str(s[key]) for _, s in found if key in s}) > 1]
+
+    def differs(key: str) -> bool:
+        values = {(s["method"] if key == "overlap" else "", str(s[key])) for _, s in found if s.get(key) is not None}
+        methods = {method for method, _ in values}  # an overlap is told where it does not follow from the method
+        return len(values) > len(methods)
+
+    differing = [key for key in TOLD_APART_BY if differs(key)]
 
     def label(settings: dict[str, Any]) -> str:
         method = NAMES.get(settings["method"], settings["method"])
-        return ", ".join([method, *(f"{key} {settings[key]}" for key in differing if key in settings)])
+        told = [(key, settings[key]) for key in differing if settings.get(key) not in (None, "")]
+        return ", ".join([method, *(short(key, value) for key, value in told)])
 
     order = list(NAMES)
     runs = [Directory(path, settings, label(settings)) for path, settings in found]
     return sorted(runs, key=lambda run: order.index(m) if (m := run.settings["method"]) in order else len(order))
+
+
+def short(key: str, value: Any) -> str:
+    """A setting by its name, as in lr 0.1; a data set without the way to it."""
+    if key == "checkpoint":
+        return str(value)
+    return f"{key.replace('_', ' ')} {Path(str(value).rpartition(':')[2]).stem if key == 'data' else value}"
+
+
+def refuse_different(what: str, data: dict[Path, str], advice: str) -> None:
+    """Raises `DataError` where the runs are not all of the same data."""
+    if len(names := sorted(set(data.values()))) > 1:
+        examples = ", ".join(f"{next(path for path, own in data.items() if own == name)}: {name}" for name in names)
+        raise DataError(f"{what} of different data do not go on one axis ({examples}): {advice}")
 
 
 def pretrained(paths: Sequence[Path]) -> list[Directory]:
@@ -103,7 +141,12 @@ def save(args: argparse.Namespace, name: str, rows: Sequence[Any], draw: Callabl
 def losses(args: argparse.Namespace) -> None:
     """Figure 2."""
     rows = []
-    for run in pretrained(args.runs):
+    runs = pretrained(args.runs)
+    data = {
+        run.path: " ".join(str(run.settings[key]) for key in ("data", "images") if key in run.settings) for run in runs
+    }
+    refuse_different("losses", data, "draw them apart")
+    for run in runs:
         log = read_log(run.path)
         if not log:
             raise DataError(f"{run.path} has no log.jsonl to draw from, or an empty one")
@@ -118,7 +161,13 @@ def losses(args: argparse.Namespace) -> None:
 def tsne(args: argparse.Namespace) -> None:
     """Figure 3: the paper has 500 validation images of ImageNet's first ten classes, and PResNet-50's 4096-d vectors."""
     points = []
-    for run in pretrained(args.runs):
+    runs = pretrained(args.runs)
+    refuse_different(
+        "vectors",
+        {run.path: str(args.data or run.settings.get("data", "digits")) for run in runs},
+        "say --data, or draw them apart",
+    )
+    for run in runs:
         given = dict.fromkeys(("arch", "weights")) | {"random": False, "run": run.path}
         encoder, images = chosen(argparse.Namespace(**vars(args) | given))
         images = images.holding_out(first_of_each_class(images.test_labels, args.classes, args.images))
@@ -142,26 +191,87 @@ def first_of_each_class(labels: Tensor, classes: int, count: int) -> Tensor:
 def memory(args: argparse.Namespace) -> None:
     """Table 7: how much less than SimCLR's, by backbone."""
     rows = []
-    for path in args.runs:
-        tables = read_json(path / "memory.json", "a directory that memory.py --out wrote", "methods")
-        setting = tables["setting"]
+    found = [read_json(path / "memory.json", "a directory that memory.py --out wrote", "methods") for path in args.runs]
+    settings = [tables["setting"] for tables in found]
+    differing = [key for key in settings[0] if key != "arch" and len({setting.get(key) for setting in settings}) > 1]
+    for tables, setting in zip(found, settings, strict=True):
+        name = ", ".join([setting["arch"], *(f"{key.replace('_', ' ')} {setting.get(key)}" for key in differing)])
         for row in tables["methods"]:
             savings = row["peak_saving"], row["saved_saving"], row["saving_in_paper"]
-            rows.append(Saving(setting["arch"], row["method"], *savings))
+            rows.append(Saving(name, row["method"], *savings))
     save(args, "memory", rows, partial(draw_memory, rows))
 
 
 def stages(args: argparse.Namespace) -> None:
     """Accuracy over depth."""
-    name, title = MEASURES[args.measure]
-    results = {path: read_json(path / name, "read out by that measure yet", "accuracy") for path in args.runs}
+    results = {path: read_out(path, args) for path in args.runs}
+    refuse_different(
+        "read-outs",
+        {path: f"{read['data']}, {read['test']} held out" for path, read in results.items()},
+        "choose by --data, or draw them apart",
+    )
+    depths = longest({path: read["stages"] for path, read in results.items()})
+    k = number_of_neighbours(args, results) if args.measure == "knn" else None
     readings = []
-    for run in named([(path, read["run"] or not_of_a_run(read)) for path, read in results.items()]):
+    for run in named([(path, differences(read)) for path, read in results.items()]):
         read = results[run.path]
-        accuracy = read["accuracy"]["20"] if args.measure == "knn" else read["accuracy"]
-        for depth, (stage, value) in enumerate(zip(read["stages"], accuracy, strict=True)):
-            readings.append(Reading(run.label, str(run.path), run.settings.get("seed"), depth, stage, value))
-    save(args, "stages", readings, partial(draw_stages, readings, title))
+        accuracy = read["accuracy"] if k is None else read["accuracy"][k]
+        for stage, value in zip(read["stages"], accuracy, strict=True):
+            seed = run.settings.get("seed")
+            readings.append(Reading(run.label, str(run.path), seed, depths.index(stage), stage, value))
+    save(args, "stages", readings, partial(draw_stages, readings, MEASURES[args.measure].format(k=k)))
+
+
+def read_out(path: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """What linear_eval.py or knn_eval.py wrote to a run's directory of its newest weights; or `path`, one of their files."""
+    kind = "knn_eval" if args.measure == "knn" else "linear_eval"
+    files = [path] if path.suffix == ".json" else sorted(path.glob(f"{kind}*.json"))
+    found = {file: read_json(file, "read out", "accuracy") for file in files}
+    if path.is_dir():
+        found = {file: read for file, read in found.items() if not read.get("checkpoint")}
+    if args.measure != "knn":
+        found = {file: read for file, read in found.items() if read.get("protocol") == args.measure}
+    if args.data:
+        found = {file: read for file, read in found.items() if read["data"] == args.data}
+    if not found:
+        on = f" on {args.data}" if args.data else ""
+        raise DataError(f"{path} is not read out by that measure{on} yet: run {kind}.py")
+    if len(found) > 1:
+        names = ", ".join(file.name for file in found)
+        raise DataError(f"{path} was read out several times ({names}): choose by --data, or give the file for the run")
+    return next(iter(found.values()))
+
+
+def differences(read: dict[str, Any]) -> dict[str, Any]:
+    """The settings by which read-outs are told apart: the run's, and those of the reading."""
+    reading = {
+        "read_at": read.get("image_size"),
+        "trained_on": read.get("train"),
+        "checkpoint": read.get("checkpoint", ""),
+    }
+    reading |= {f"read_out_{key}": read.get(key) for key in ("epochs", "lr", "batch_size")}
+    return (read["run"] or not_of_a_run(read)) | reading
+
+
+def longest(stages: dict[Path, list[str]]) -> list[str]:
+    """The stages of all, each at its depth: those of the runs read out at most of them. Raises where they do not agree."""
+    most = max(stages.values(), key=len)
+    for path, names in stages.items():
+        if [name for name in most if name in names] != names:
+            raise DataError(f"{path} has the stages {', '.join(names)}, others {', '.join(most)}: draw them apart")
+    return most
+
+
+def number_of_neighbours(args: argparse.Namespace, results: dict[Path, dict[str, Any]]) -> str:
+    """`--k`, or the smallest that all have been read out by."""
+    common = set.intersection(*(set(read["accuracy"]) for read in results.values()))
+    k = str(args.k) if args.k else min(common, key=int, default="")
+    if k not in common:
+        has = "; ".join(f"{path}: {', '.join(read['accuracy'])}" for path, read in results.items())
+        raise DataError(
+            f"not all runs were read out with {f'k = {k}' if k else 'the same k'} ({has}): run knn_eval.py --k"
+        )
+    return k
 
 
 def not_of_a_run(results: dict[str, Any]) -> dict[str, Any]:
@@ -211,6 +321,8 @@ def parser() -> Parser:
         default="fast",
         help="linear_eval.py's protocols, or knn_eval.py (%(default)s)",
     )
+    add("--data", metavar="NAME", help="the data they were read out on, where it is more than one")
+    add("--k", type=at_least(1), metavar="K", help="neighbours (the fewest that all runs were read out with)")
     return result
 
 

@@ -1,7 +1,8 @@
 """Read out a frozen encoder by its nearest neighbours, stage by stage: `python examples/knn_eval.py runs/loco`.
 
 A vote of the k training images nearest in angle, each with weight exp(cos / 0.07), for k = 20 and 200 (Wu et al. 2018,
-section 3.4). Writes knn_eval.json to the run's directory.
+section 3.4), or of all images where there are fewer. Writes knn_eval-DATA.json to the run's directory, with -CHECKPOINT before
+.json where RUN is one; older results of that name stay as .json.1 and so on.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import replace
 from command_line import Parser, at_least
 from reading.encoders import about, add_arguments, chosen, vectors
 from reading.evaluate import knn
-from reading.readout import finish, save, show
+from reading.readout import file_name, finish, save, show
 from tqdm import tqdm
 
 TEMPERATURE = 0.07
@@ -23,7 +24,14 @@ def parser() -> Parser:
     result = Parser(description="Read out a frozen encoder by its nearest neighbours, stage by stage.")
     add_arguments(result)
     add = result.add_argument
-    add("--k", type=at_least(1), nargs="+", default=[20, 200], metavar="K", help="neighbours that vote (20 200)")
+    add(
+        "--k",
+        type=at_least(1),
+        nargs="+",
+        default=[20, 200],
+        metavar="K",
+        help="neighbours that vote, as many as there are at most (20 200)",
+    )
     add(
         "--per-stage", action=argparse.BooleanOptionalAction, default=True, help="all stages, or the top one only (all)"
     )
@@ -37,7 +45,10 @@ def run(args: argparse.Namespace) -> None:
     train, train_labels = vectors(args, encoder, images, "train")
     test, test_labels = vectors(args, encoder, images, "test")
     labels = train_labels.to(args.device), test_labels.to(args.device)
-    accuracy: dict[int, list[float]] = {k: [] for k in args.k}
+    used = list(dict.fromkeys(min(k, len(train_labels)) for k in args.k))
+    if used != args.k:
+        print(f"k = {', '.join(map(str, used))}: there are {len(train_labels)} training images")
+    accuracy: dict[int, list[float]] = {k: [] for k in used}
     for known, held_out in tqdm(
         zip(train, test, strict=True), total=len(train), desc="votes", unit="stage", leave=False
     ):
@@ -45,13 +56,13 @@ def run(args: argparse.Namespace) -> None:
         for k, found in accuracy.items():
             found.append(knn(*data, k=k, temperature=TEMPERATURE))
     results = {
-        "k": args.k,
+        "k": used,
         "temperature": TEMPERATURE,
         "stages": list(encoder.stages),
         "accuracy": {str(k): found for k, found in accuracy.items()},
         **about(args, encoder, images),
     }
-    path = encoder.directory / "knn_eval.json"
+    path = encoder.directory / file_name("knn_eval", images.name, encoder.checkpoint)
     columns = {f"k = {k}, %": found for k, found in accuracy.items()}
     show(f"{encoder.name} on {images.name}: nearest neighbours", encoder.stages, columns, images)
     save(path, results)

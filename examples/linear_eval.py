@@ -8,7 +8,8 @@ is the paper's: SGD without momentum, learning rate 30, divided by 10 after 30, 
 flips (MoCo's settings for the rest: batch 256, no weight decay). It resumes after the last epoch that was finished. Both
 read out every stage, in one pass over the images: where along the depth does a local method lose what another keeps?
 
-Writes linear_eval.json (fast) or linear_eval-paper.json to the run's directory.
+Writes linear_eval-PROTOCOL-DATA.json to the run's directory, with -CHECKPOINT before .json where RUN is one; older results of
+that name stay as .json.1 and so on.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from inputs.loading import plain_batches, view_batches
 from inputs.views import crop_views
 from reading.encoders import Encoder, about, add_arguments, chosen, vectors
 from reading.evaluate import logistic_regression
-from reading.readout import finish, save, show
+from reading.readout import file_name, finish, save, show
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -67,7 +68,8 @@ def paper(args: argparse.Namespace, encoder: Encoder, images: Images | Folder) -
     optimizer = torch.optim.SGD(heads.parameters(), lr=args.lr * args.batch_size / 256)
     milestones = [round(part * args.epochs) for part in MILESTONES]
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones)
-    checkpoint = Checkpoint(encoder.directory / "linear_eval-paper.pt", settings(args, encoder, images))
+    path = results_path(args, encoder, images).with_suffix(".pt")
+    checkpoint = Checkpoint(path, settings(args, encoder, images))
     done = checkpoint.restore(heads, optimizer, scheduler) if args.resume else 0
     steps = -(-len(images.train_labels) // args.batch_size)
     with tqdm(total=args.epochs * steps, initial=done * steps, unit="step", dynamic_ncols=True) as progress:
@@ -138,6 +140,10 @@ def settings(args: argparse.Namespace, encoder: Encoder, images: Images | Folder
     return about(args, encoder, images) | chosen
 
 
+def results_path(args: argparse.Namespace, encoder: Encoder, images: Images | Folder) -> Path:
+    return encoder.directory / file_name("linear_eval", args.protocol, images.name, encoder.checkpoint)
+
+
 def parser() -> Parser:
     result = Parser(
         description="Read out a frozen encoder by linear classifiers, one per stage.",
@@ -179,14 +185,13 @@ def run(args: argparse.Namespace) -> None:
     results |= about(args, encoder, images)
     if args.protocol == "paper":
         results |= {"epochs": args.epochs, "batch_size": args.batch_size, "lr": args.lr}
-    path = encoder.directory / ("linear_eval.json" if args.protocol == "fast" else "linear_eval-paper.json")
     show(
         f"{encoder.name} on {images.name}: linear read-out, {args.protocol}",
         encoder.stages,
         {"top-1, %": accuracy},
         images,
     )
-    save(path, results)
+    save(results_path(args, encoder, images), results)
 
 
 def main(argv: list[str] | None = None) -> int:

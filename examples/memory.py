@@ -290,9 +290,8 @@ def draw(tables: Tables, path: Path) -> None:
             [p + 0.2 for p in places], [r.peak_saving for r in rows], 0.38, label="peak", color=METHODS["SimCLR"]
         )
         paper = [(row.saving_in_paper, place) for place, row in enumerate(rows) if row.saving_in_paper]
-        panel.scatter(
-            *zip(*paper, strict=True) if paper else ([], []), marker="D", color="black", label="in the paper", zorder=3
-        )
+        if paper:
+            panel.scatter(*zip(*paper, strict=True), marker="D", color="black", label="in the paper", zorder=3)
         panel.axvline(1, color=FAINT, linewidth=1)
         panel.set_yticks(places, [row.method.replace("`", "") for row in rows])
         panel.invert_yaxis()

@@ -114,15 +114,17 @@ def draw_losses(rows: Sequence[Loss], path: Path) -> None:
             for unit, first, last in sorted({(row.unit, row.first, row.last) for row in own}):
                 epochs, means = mean_curve([row for row in own if row.unit == unit])
                 smoothed = smooth(means)
+                mark = "o" if len(epochs) == 1 else ""  # a line needs two points
                 panel.plot(epochs, means, color=shades[last], linewidth=0.8, alpha=0.25)
-                panel.plot(epochs, smoothed, color=shades[last], linewidth=2)
+                panel.plot(epochs, smoothed, color=shades[last], linewidth=2, marker=mark)
                 texts.append(f"stage {last}" if first == last else f"stages {first} to {last}")
                 ends.append((epochs[-1], smoothed[-1]))
                 colours.append(shades[last])
             if end_to_end not in (None, method):
                 epochs, means = mean_curve([row for row in rows if row.method == end_to_end])
                 smoothed = smooth(means)
-                panel.plot(epochs, smoothed, color=INK, linewidth=1.2, linestyle=(0, (4, 2)))
+                mark = "o" if len(epochs) == 1 else ""
+                panel.plot(epochs, smoothed, color=INK, linewidth=1.2, linestyle=(0, (4, 2)), marker=mark, mfc="none")
                 texts.append(end_to_end)
                 ends.append((epochs[-1], smoothed[-1]))
                 colours.append(INK)
@@ -138,11 +140,13 @@ def draw_losses(rows: Sequence[Loss], path: Path) -> None:
 
 
 def mean_curve(rows: Sequence[Loss]) -> tuple[list[float], list[float]]:
-    """Epochs, and the loss at each, averaged over runs."""
+    """Epochs that all runs have come to, and the loss at each, averaged over runs."""
     by_epoch: dict[float, list[float]] = {}
     for row in rows:
         by_epoch.setdefault(row.epoch, []).append(row.loss)
-    return sorted(by_epoch), [statistics.fmean(by_epoch[epoch]) for epoch in sorted(by_epoch)]
+    most = max(map(len, by_epoch.values()))
+    common = sorted(epoch for epoch, losses in by_epoch.items() if len(losses) == most)
+    return common, [statistics.fmean(by_epoch[epoch]) for epoch in common]
 
 
 def smooth(values: Sequence[float]) -> list[float]:
@@ -207,7 +211,8 @@ def draw_memory(rows: Sequence[Saving], path: Path) -> None:
             Patch(color=FAINT, label="peak of all bytes alive"),
             Patch(color=FAINT, alpha=0.45, label="kept for a backward"),
         ]
-        key.append(Line2D([], [], color=INK, linewidth=2, label="in the paper"))
+        if any(row.in_paper is not None for row in rows):
+            key.append(Line2D([], [], color=INK, linewidth=2, label="in the paper"))
         figure.legend(handles=key, loc="outside lower left", ncols=3, frameon=False)
 
 
@@ -222,7 +227,7 @@ def training_colour(name: str) -> str:
 def draw_stages(readings: Sequence[Reading], measure: str, path: Path) -> None:
     """A line per method over the stages: the mean of its runs, each run as a point, their standard deviation as a band."""
     methods = in_order([reading.method for reading in readings])
-    stages = in_order([reading.stage for reading in sorted(readings, key=lambda reading: reading.depth)])
+    stages = {reading.depth: reading.stage for reading in sorted(readings, key=lambda reading: reading.depth)}
     with new_figure(path, 7.6, 4.8, f"Read-out along the depth{of_runs(readings)}") as figure:
         panel = figure.subplots()
         ends, seen = [], dict.fromkeys(METHODS, 0)
@@ -239,7 +244,7 @@ def draw_stages(readings: Sequence[Reading], measure: str, path: Path) -> None:
             for depth, value in zip(depths, values, strict=True):
                 panel.plot([depth] * len(value), value, "o", color=colour, markersize=4, alpha=0.6, markeredgewidth=0)
             ends.append((depths[-1], means[-1]))
-        panel.set_xticks(range(len(stages)), stages)
+        panel.set_xticks(list(stages), list(stages.values()))
         panel.set_xlabel("read out after")
         panel.set_ylabel(measure)
         panel.margins(x=0.04)

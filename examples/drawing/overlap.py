@@ -35,18 +35,26 @@ def draw_curves(lines: Sequence[dict[str, Any]], path: Path) -> None:
         for panel in panels[len(curves) :]:
             panel.set_visible(False)
         end_to_end, others = METHODS["SimCLR"], METHODS["Greedy InfoMax"]
-        drawn = {row.row for rows in curves.values() for row in rows}
+        rows = [row for rows in curves.values() for row in rows]
+        drawn = {row.row for row in rows}
         key = [
-            Line2D([], [], color=METHODS["LoCo"], marker="o", label="one overlap"),
+            *(
+                [Line2D([], [], color=METHODS["LoCo"], marker="o", label="one overlap")]
+                if any(row.overlap is not None and not row.end_to_end for row in rows)
+                else []
+            ),
             *(
                 Line2D([], [], color=others, marker=mark, linestyle="", label=NAMES[row])
                 for row, mark in OTHERS.items()
                 if row in drawn
             ),
-            Line2D([], [], color=end_to_end, marker="o", linestyle="", label="end to end"),
-            Line2D([], [], color=end_to_end, marker="o", linestyle="", mfc="white", label="end to end, recomputed"),
-            Line2D([], [], color=FAINT, linestyle=(0, (4, 3)), label="random start"),
         ]
+        if any(row.end_to_end for row in rows):
+            dot = {"color": end_to_end, "marker": "o", "linestyle": ""}
+            key += [Line2D([], [], **dot, label="end to end")]
+            key += [Line2D([], [], **dot, mfc="white", label="end to end, recomputed")]
+        if START in drawn:
+            key.append(Line2D([], [], color=FAINT, linestyle=(0, (4, 3)), label="random start"))
         figure.legend(handles=key, loc="outside lower left", ncols=4 if across > 1 else 2, frameon=False)
 
 

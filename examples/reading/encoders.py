@@ -37,6 +37,7 @@ class Encoder:
     std: tuple[float, ...]
     directory: Path
     settings: dict[str, Any]  # of its run
+    checkpoint: str = ""  # the file's name without its ending, where it is not the run's newest weights
 
 
 def add_start_arguments(parser: Parser) -> None:
@@ -111,6 +112,7 @@ def about(args: argparse.Namespace, encoder: Encoder, images: Images | Folder) -
     return {
         "encoder": encoder.name,
         "arch": encoder.arch,
+        "checkpoint": encoder.checkpoint,
         "run": encoder.settings,
         "data": images.name,
         "image_size": images.size,
@@ -138,6 +140,7 @@ def _of_run(args: argparse.Namespace) -> Encoder:
         run.std,
         args.out or directory,
         run.settings,
+        "" if args.run.is_dir() or args.run.name in runs.FORMATS.values() else args.run.stem,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -33,8 +34,21 @@ def finish(
     return 0
 
 
+def file_name(*parts: str) -> str:
+    """Of a read-out: by what, on which data, of which checkpoint; an empty part is left out."""
+    return "-".join(re.sub(r"[^\w.-]+", "_", part) for part in parts if part) + ".json"
+
+
 def save(path: Path, results: dict[str, Any]) -> None:
-    write(path, lambda unfinished: unfinished.write_text(json.dumps(results, indent=1) + "\n"))
+    """Older results of that name, where they differ, stay beside it: the first as PATH.1, the next as PATH.2, and so on."""
+    text = json.dumps(results, indent=1) + "\n"
+    if path.is_file() and path.read_text() != text:
+        number = 1
+        while (older := path.with_name(f"{path.name}.{number}")).exists():
+            number += 1
+        path.replace(older)
+        print(f"kept the older results as {older}")
+    write(path, lambda unfinished: unfinished.write_text(text))
     print(f"wrote {path}")
 
 

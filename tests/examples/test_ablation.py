@@ -40,7 +40,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     def read_out(argv: list[str]) -> int:
         run = Path(argv[0])
         accuracy = 0.1 * int(run.name.removeprefix("seed-")) + 0.5 * run.parent.name.startswith("loco")
-        name = "linear_eval.json" if "fast" in argv else "linear_eval-paper.json"
+        name = f"linear_eval-{'fast' if 'fast' in argv else 'paper'}-digits.json"
         (run / name).write_text(json.dumps({"accuracy": [0.9, accuracy]}))
         return 0
 
@@ -94,7 +94,7 @@ def test_what_is_finished_is_not_run_again(tmp_path: Path, calls: list[list[str]
     first = (tmp_path / "results.json").read_text()
     calls.clear()
     (tmp_path / "loco_conv/seed-1/row.json").unlink()
-    (tmp_path / "loco_conv/seed-1/linear_eval.json").unlink()
+    (tmp_path / "loco_conv/seed-1/linear_eval-fast-digits.json").unlink()
     (tmp_path / "loco_conv/seed-1").rmdir()
     assert decoder_depth.main(two_rows(tmp_path)) == 0
     assert [(argv[1], argv[7]) for argv in calls] == [("loco", "1")]

@@ -51,7 +51,14 @@ def write_run(directory: Path, method: str, seed: int = 0, **settings: Any) -> P
     """Six steps of losses that say whose they are: method's place + unit / 10 + seed / 100."""
     directory.mkdir(parents=True)
     units = METHODS[method]
-    about = {"arch": "pixels", "image_size": 8, "mean": [0.5] * 3, "std": [0.5] * 3, "decoder": "conv"}
+    about = {
+        "arch": "pixels",
+        "data": "digits",
+        "image_size": 8,
+        "mean": [0.5] * 3,
+        "std": [0.5] * 3,
+        "decoder": "conv",
+    }
     about |= {"method": method, "seed": seed, "units": units, **settings}
     (directory / "run.json").write_text(json.dumps(about))
     place = list(METHODS).index(method)
@@ -61,9 +68,11 @@ def write_run(directory: Path, method: str, seed: int = 0, **settings: Any) -> P
     accuracy = [0.5, 0.6, 0.7, 0.8 - place / 10 + seed / 100]
     stages = ["layer1", "layer2", "layer3", "layer4"]
     results = {"stages": stages, "run": about, "encoder": directory.name, "arch": "pixels", "seed": 0}
-    (directory / "linear_eval.json").write_text(json.dumps(results | {"accuracy": accuracy}))
+    results |= {"data": "digits", "test": 510, "image_size": 8}
+    linear = results | {"protocol": "fast", "accuracy": accuracy}
+    (directory / "linear_eval-fast-digits.json").write_text(json.dumps(linear))
     by_k = {"20": accuracy, "200": [0.1] * 4}
-    (directory / "knn_eval.json").write_text(json.dumps(results | {"accuracy": by_k}))
+    (directory / "knn_eval-digits.json").write_text(json.dumps(results | {"accuracy": by_k}))
     torch.save({"layer1.weight": torch.eye(3).view(3, 3, 1, 1)}, directory / "backbone.pt")
     return directory
 
@@ -213,11 +222,112 @@ def test_accuracy_over_depth_has_mean_and_spread_over_seeds(tmp_path: Path, show
 def test_neighbours_and_encoders_of_no_run_are_drawn_too(tmp_path: Path) -> None:
     run = write_run(tmp_path / "loco", "loco")
     (tmp_path / "random").mkdir()
-    results = json.loads((run / "knn_eval.json").read_text()) | {"run": {}, "encoder": "pixels-random-0"}
-    (tmp_path / "random/knn_eval.json").write_text(json.dumps(results))
+    results = json.loads((run / "knn_eval-digits.json").read_text()) | {"run": {}, "encoder": "pixels-random-0"}
+    (tmp_path / "random/knn_eval-digits.json").write_text(json.dumps(results))
     rows = drawn("stages", tmp_path / "random", run, "--measure", "knn", out=tmp_path / "out")
     assert [row["method"] for row in rows[::4]] == ["LoCo", "random start"]
     assert float(rows[0]["accuracy"]) == 0.5
+
+
+def rewrite(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def line_of(*argv: Any, capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        figures.main([*map(str, argv)])
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_neighbours_of_any_number_are_drawn(tmp_path: Path, shown: list[Figure]) -> None:
+    """By default the fewest that all runs were read out with."""
+    runs = [write_run(tmp_path / method, method) for method in METHODS]
+    for run in runs:
+        rewrite(run / "knn_eval-digits.json", accuracy={"7": [0.3] * 4, "5": [0.2] * 4})
+    rewrite(runs[0] / "knn_eval-digits.json", accuracy={"7": [0.3] * 4, "3": [0.1] * 4})
+    rows = drawn("stages", *runs, "--measure", "knn", out=tmp_path / "out")
+    assert {row["accuracy"] for row in rows} == {"0.3"}
+    assert shown[0].axes[0].get_ylabel() == "7 nearest neighbours, top-1, %"
+    rows = drawn("stages", *runs[1:], "--measure", "knn", "--k", "5", out=tmp_path / "out")
+    assert {row["accuracy"] for row in rows} == {"0.2"}
+
+
+def test_a_run_read_out_twice_is_asked_for_by_data_or_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "loco", "loco")
+    contents = json.loads((run / "linear_eval-fast-digits.json").read_text())
+    other, early = run / "linear_eval-fast-cifar10.json", run / "linear_eval-fast-digits-checkpoint-3.json"
+    other.write_text(json.dumps(contents | {"data": "cifar10", "accuracy": [0.1] * 4}))
+    early.write_text(json.dumps(contents | {"checkpoint": "checkpoint-3", "accuracy": [0.2] * 4}))
+    line = line_of("stages", run, capsys=capsys)
+    assert line.endswith(": choose by --data, or give the file for the run")
+    assert early.name not in line
+    rows = drawn("stages", run, "--data", "cifar10", out=tmp_path / "out")
+    assert {row["accuracy"] for row in rows} == {"0.1"}
+    rows = drawn("stages", run, early, "--data", "digits", out=tmp_path / "out")
+    assert [row["method"] for row in rows[::4]] == ["LoCo", "LoCo, checkpoint-3"]
+
+
+def test_runs_of_different_data_are_not_drawn_on_one_axis(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [write_run(tmp_path / name, "loco", data=name) for name in ("digits", "cifar10")]
+    rewrite(runs[1] / "linear_eval-fast-digits.json", data="cifar10")
+    for figure, what in (("losses", "losses"), ("tsne", "vectors"), ("stages", "read-outs")):
+        line = line_of(figure, *runs, capsys=capsys)
+        assert line.startswith(f"error: {what} of different data do not go on one axis (")
+        assert all(f"{run}: {run.name}" in line for run in runs)
+
+
+@pytest.mark.parametrize("setting", ["lr", "batch_size", "image_size", "temperature"])
+def test_what_else_differs_stands_in_the_names(setting: str, tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / str(value), "loco", **{setting: value}) for value in (1, 2)]
+    for figure in ("losses", "stages"):
+        rows = drawn(figure, *runs, out=tmp_path / figure)
+        name = setting.replace("_", " ")
+        assert {row["method"] for row in rows} == {f"LoCo, {name} 1", f"LoCo, {name} 2"}
+
+
+def test_an_overlap_that_follows_from_the_method_is_not_told(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / method, method, overlap=overlap) for overlap, method in enumerate(METHODS)]
+    assert {row["method"] for row in drawn("losses", *runs, out=tmp_path / "out")} == set(figures.NAMES.values())
+
+
+def test_a_run_of_one_line_is_drawn_as_points(tmp_path: Path, shown: list[Figure]) -> None:
+    runs = [write_run(tmp_path / method, method) for method in METHODS]
+    for run in runs:
+        log = run / "log.jsonl"
+        log.write_text(log.read_text().splitlines()[0] + "\n")
+    drawn("losses", *runs, out=tmp_path / "out")
+    for panel, units in zip(shown[0].axes, (1, 4 + 1, 3 + 1), strict=True):  # the end-to-end run's in the others, too
+        assert sum(line.get_marker() == "o" for line in panel.lines) == units
+
+
+def test_a_mean_of_runs_ends_where_the_shortest_does(tmp_path: Path, shown: list[Figure]) -> None:
+    runs = [write_run(tmp_path / str(seed), "simclr", seed) for seed in (0, 1)]
+    log = runs[1] / "log.jsonl"
+    log.write_text("".join(line + "\n" for line in log.read_text().splitlines()[:4]))
+    drawn("losses", *runs, out=tmp_path / "out")
+    assert {len(line.get_xdata()) for line in shown[0].axes[0].lines} == {4}
+
+
+def test_a_stage_read_out_alone_is_drawn_at_its_depth(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [write_run(tmp_path / method, method) for method in METHODS]
+    rewrite(runs[0] / "linear_eval-fast-digits.json", stages=["layer4"], accuracy=[0.9])
+    rows = drawn("stages", *runs, out=tmp_path / "out")
+    assert (rows[0]["method"], rows[0]["stage"], rows[0]["depth"]) == ("SimCLR", "layer4", "3")
+    rewrite(runs[0] / "linear_eval-fast-digits.json", stages=["blocks.3"])
+    assert "others layer1, layer2, layer3, layer4: draw them apart" in line_of("stages", *runs, capsys=capsys)
+
+
+def test_a_legend_names_what_is_drawn(tmp_path: Path, shown: list[Figure]) -> None:
+    rows = [{"method": "LoCo", "peak_saving": 2, "saved_saving": 3, "saving_in_paper": None}]
+    for k, setting in enumerate(({"arch": "a", "batch_size": 2}, {"arch": "a", "batch_size": 4})):
+        (tmp_path / str(k)).mkdir()
+        (tmp_path / str(k) / "memory.json").write_text(json.dumps({"setting": setting, "methods": rows}))
+    drawn("memory", tmp_path / "0", tmp_path / "1", out=tmp_path / "out")
+    (legend,) = shown[0].legends
+    assert [text.get_text() for text in legend.get_texts()] == ["peak of all bytes alive", "kept for a backward"]
+    assert [panel.get_title("left") for panel in shown[0].axes] == ["a, batch size 2", "a, batch size 4"]
 
 
 # -------------------------------------------------------------------------------------------------------------- errors
@@ -233,7 +343,12 @@ def test_neighbours_and_encoders_of_no_run_are_drawn_too(tmp_path: Path) -> None
         ("losses run/run.json", ".*run.json is not a run of pretrain.py: .*"),
         ("tsne run --data mnist", "unknown data set 'mnist': choose .*"),
         ("memory run", "run is not a directory that memory.py --out wrote: it has no memory.json, .*"),
-        ("stages run --measure paper", "run is not read out by that measure yet: it has no linear_eval-paper.json, .*"),
+        ("stages run --measure paper", "run is not read out by that measure yet: run linear_eval.py"),
+        ("stages run --data cifar10", "run is not read out by that measure on cifar10 yet: run linear_eval.py"),
+        (
+            "stages run --measure knn --k 5",
+            r"not all runs were read out with k = 5 \(run: 20, 200\): run knn_eval.py --k",
+        ),
         ("stages run --out run/run.json", "cannot read or write run/run.json: File exists"),
     ],
 )

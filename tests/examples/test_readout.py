@@ -85,9 +85,12 @@ def finished(tmp_path: Path, tiny: Path) -> Path:
 def linear(*argv: Any) -> dict[str, Any]:
     """Read out on the CPU; what linear_eval.json says."""
     assert linear_eval.main([*map(str, argv), "--device", "cpu"]) == 0
-    protocol = "-paper" if "paper" in argv else ""
+    protocol = "paper" if "paper" in argv else "fast"
     where = Path(argv[argv.index("--out") + 1]) if "--out" in argv else Path(argv[0])
-    return json.loads((where / f"linear_eval{protocol}.json").read_text())
+    (written,) = where.glob(
+        f"linear_eval-{protocol}-{Path(argv[argv.index('--data') + 1]).stem if '--data' in argv else 'tiny'}.json"
+    )
+    return json.loads(written.read_text())
 
 
 # ------------------------------------------------------------------------------------------------------------ measures
@@ -215,8 +218,8 @@ def test_the_papers_learning_rate_is_divided_by_ten_three_times(
 def test_the_papers_protocol_resumes_with_the_same_bits(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     argv = [finished, "--protocol", "paper", "--epochs", "3", "--batch-size", "16", "--lr", "1"]
     whole = linear(*argv)
-    weights = torch.load(finished / "linear_eval-paper.pt")
-    (finished / "linear_eval-paper.pt").unlink()
+    weights = torch.load(finished / "linear_eval-paper-tiny.pt")
+    (finished / "linear_eval-paper-tiny.pt").unlink()
 
     save, epochs = linear_eval.Checkpoint.save, []
 
@@ -231,7 +234,7 @@ def test_the_papers_protocol_resumes_with_the_same_bits(finished: Path, monkeypa
     torch.rand(3)
     assert linear(*argv, "--resume") == whole
     assert epochs == [1, 2, 3]
-    resumed = torch.load(finished / "linear_eval-paper.pt")
+    resumed = torch.load(finished / "linear_eval-paper-tiny.pt")
     assert all(torch.equal(resumed["parts"][0][name], value) for name, value in weights["parts"][0].items())
 
 
@@ -241,7 +244,7 @@ def test_a_read_out_of_other_settings_is_not_taken_up(finished: Path, capsys: py
     torch.save(Small().state_dict(), finished / "backbone.pt")
     line = error_of(linear_eval, *argv, "--resume", capsys=capsys)
     assert re.search(
-        r"linear_eval-paper.pt is of a read-out with other settings: delete it, or leave out --resume", line
+        r"linear_eval-paper-tiny.pt is of a read-out with other settings: delete it, or leave out --resume", line
     )
 
 
@@ -249,12 +252,53 @@ def test_a_read_out_of_other_settings_is_not_taken_up(finished: Path, capsys: py
 
 
 def test_neighbours_vote_at_every_stage(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert knn_eval.main([str(finished), "--device", "cpu", "--k", "5", "200"]) == 0
-    results = json.loads((finished / "knn_eval.json").read_text())
-    assert (results["stages"], results["k"], results["temperature"]) == (STAGES, [5, 200], 0.07)
-    assert len(results["accuracy"]["5"]) == len(results["accuracy"]["200"]) == 4
+    assert knn_eval.main([str(finished), "--device", "cpu", "--k", "5", "200", "48"]) == 0
+    results = json.loads((finished / "knn_eval-tiny.json").read_text())
+    assert (results["stages"], results["k"], results["temperature"]) == (STAGES, [5, 48], 0.07)
+    assert len(results["accuracy"]["5"]) == len(results["accuracy"]["48"]) == 4
     assert results["accuracy"]["5"][0] > 0.9
-    assert "k = 200" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "k = 5, 48: there are 48 training images" in printed
+    assert "k = 48, %" in printed
+    assert "200" not in printed
+
+
+def test_read_outs_on_other_data_by_other_protocols_and_of_other_checkpoints_lie_side_by_side(finished: Path) -> None:
+    torch.save(torch.load(finished / "backbone.pt"), finished / "checkpoint-0007.pt")
+    quick = ["--protocol", "paper", "--epochs", "1"]
+    for argv in ([], ["--data", "digits"], quick, [*quick, "--data", "digits"]):
+        assert linear_eval.main([str(finished), *argv, "--device", "cpu"]) == 0
+    for script in (linear_eval, knn_eval):
+        assert script.main([str(finished / "checkpoint-0007.pt"), "--device", "cpu"]) == 0
+    names = {path.name for path in finished.glob("*_eval*.json*")}
+    fast, papers = ({f"linear_eval-{p}-{data}.json" for data in ("tiny", "digits")} for p in ("fast", "paper"))
+    of_checkpoint = {f"{measure}-tiny-checkpoint-0007.json" for measure in ("linear_eval-fast", "knn_eval")}
+    assert names == fast | papers | of_checkpoint
+    assert json.loads((finished / "knn_eval-tiny-checkpoint-0007.json").read_text())["checkpoint"] == "checkpoint-0007"
+
+
+def test_older_results_are_kept(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = linear(finished)
+    assert linear(finished) == results
+    assert not list(finished.glob("*.json.*"))  # the same once more
+    linear(finished, "--seed", "1")
+    assert "kept the older results as" in capsys.readouterr().out
+    linear(finished, "--seed", "2")
+    seeds = [
+        json.loads((finished / f"linear_eval-fast-tiny.json{end}").read_text())["seed"] for end in (".1", ".2", "")
+    ]
+    assert seeds == [0, 1, 2]
+
+
+def test_the_tables_of_read_outs_fit_eighty_columns(
+    finished: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert knn_eval.main([str(finished), "--device", "cpu", "--k", "5", "20", "48"]) == 0
+    printed = capsys.readouterr().out.replace(str(finished), "")
+    assert max(map(len, printed.splitlines())) <= 80
+    assert "…" not in printed
+    assert all(f"k = {k}, %" in printed for k in (5, 20, 48))
 
 
 def test_images_too_large_for_memory_are_read_out_from_their_files(
@@ -311,9 +355,9 @@ def test_random_weights_follow_the_seed(tiny: Path, tmp_path: Path) -> None:
 
 def test_a_backbones_file_is_as_good_as_its_run(finished: Path) -> None:
     from_directory = linear(finished)
-    (finished / "linear_eval.json").unlink()
+    (finished / "linear_eval-fast-tiny.json").unlink()
     assert linear_eval.main([str(finished / "backbone.pt"), "--device", "cpu"]) == 0
-    assert json.loads((finished / "linear_eval.json").read_text()) == from_directory
+    assert json.loads((finished / "linear_eval-fast-tiny.json").read_text()) == from_directory
 
 
 def test_another_data_set_can_be_read_out(finished: Path, tmp_path: Path) -> None:
@@ -391,6 +435,6 @@ def test_a_learning_rate_of_nothing_is_one_line(finished: Path, capsys: pytest.C
 
 
 def test_a_damaged_checkpoint_is_one_line(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (finished / "linear_eval-paper.pt").write_text("no checkpoint")
+    (finished / "linear_eval-paper-tiny.pt").write_text("no checkpoint")
     line = error_of(linear_eval, finished, "--protocol", "paper", "--resume", capsys=capsys)
-    assert re.search("linear_eval-paper.pt is no checkpoint of linear_eval.py: delete it", line)
+    assert re.search("linear_eval-paper-tiny.pt is no checkpoint of linear_eval.py: delete it", line)
