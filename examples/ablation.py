@@ -20,7 +20,7 @@ from typing import Any
 import linear_eval
 import pretrain
 from command_line import Parser, at_least, write
-from drawing.picture import FAINT, GRID, INK, STYLE
+from drawing.figure_style import FAINT, GRID, INK, STYLE
 from inputs.images import DataError
 from matplotlib import rc_context
 from matplotlib.figure import Figure

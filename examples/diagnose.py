@@ -14,11 +14,11 @@ import torch
 from command_line import Parser, at_least
 from inputs.images import load
 from inputs.views import grey_views, scaled
-from quickstart import LEARNING_RATE, STAGES, SmallResNet, new_decoder
+from quickstart import LEARNING_RATE, STAGES, SmallResNet
 from torch import Tensor
 from tqdm import trange
 
-from locallearn import InfoNCE, LocalWrapper
+from locallearn import ConvMLPDecoder, InfoNCE, LocalWrapper
 from locallearn.diagnosis import Monitor, gradient_agreement, linear_cka, stage_quality
 
 OVERLAPS = {"overlap 0": 0, "overlap 1": 1, "overlap 2": 2, "end-to-end": len(STAGES) - 1}
@@ -31,14 +31,18 @@ def attraction(one: Tensor, other: Tensor) -> Tensor:
     return (one - other).square().mean()
 
 
+def new_decoder(width: int) -> ConvMLPDecoder:
+    """The same for a width, however many decoders were made before."""
+    torch.manual_seed(0)
+    return ConvMLPDecoder(width)
+
+
 def wrapped(overlap: int, broken: int | None = None) -> LocalWrapper:
     torch.manual_seed(0)
     units = len(STAGES) - overlap
     losses = [attraction if unit == broken else InfoNCE() for unit in range(units)]
     example = torch.zeros(2, 1, 8, 8)
-    return LocalWrapper(
-        SmallResNet(1, 8), STAGES, overlap, lambda width: new_decoder(width, seed=0), loss=losses, example=example
-    )
+    return LocalWrapper(SmallResNet(), STAGES, overlap, new_decoder, loss=losses, example=example)
 
 
 def train(model: LocalWrapper, images: Tensor, steps: int, every: int, name: str) -> Monitor:

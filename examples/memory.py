@@ -45,7 +45,7 @@ from counting.step_costs import (
     predicted,
     size,
 )
-from drawing.picture import FAINT, METHODS, STYLE
+from drawing.figure_style import FAINT, METHODS, STYLE
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAVY

@@ -8,7 +8,6 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.transforms import v2
 
 from inputs.simclr import SimCLRViews, TorchvisionViews
 
@@ -22,11 +21,11 @@ def scaled(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1
 
 
-def grey_views(images: Tensor, flip: bool = False) -> Tensor:
+def grey_views(images: Tensor) -> Tensor:
     """Shift, turn, scale and shear each `(1, S, S)` image, change its brightness and contrast, add noise.
 
     The whole batch at once, each image with a draw of its own (torchvision draws once for a batch, and image by image
-    it takes longer than a training step of the quickstart's network). Scale 0.75..1.15, turn +-15 degrees, shear
+    it takes longer than a training step of a small network). Scale 0.75..1.15, turn +-15 degrees, shear
     +-0.2, shift +-12 % of the image's side, contrast and brightness x 0.6..1.4, noise of standard deviation 0.05.
     Handwriting is not flipped: the mirror image of a 2 is no digit.
     """
@@ -36,9 +35,8 @@ def grey_views(images: Tensor, flip: bool = False) -> Tensor:
         return torch.empty(n, device=images.device).uniform_(low, high)
 
     angle, shear, scale = uniform(-math.pi / 12, math.pi / 12), uniform(-0.2, 0.2), 1 / uniform(0.75, 1.15)
-    mirror = torch.where(uniform(0, 1) < 0.5, -1.0, 1.0) if flip else torch.ones_like(angle)
-    x = torch.stack([mirror * scale * angle.cos(), scale * (shear - angle.sin()), uniform(-0.24, 0.24)], dim=1)
-    y = torch.stack([mirror * scale * angle.sin(), scale * angle.cos(), uniform(-0.24, 0.24)], dim=1)
+    x = torch.stack([scale * angle.cos(), scale * (shear - angle.sin()), uniform(-0.24, 0.24)], dim=1)
+    y = torch.stack([scale * angle.sin(), scale * angle.cos(), uniform(-0.24, 0.24)], dim=1)
     grid = F.affine_grid(torch.stack([x, y], dim=1), list(images.shape), align_corners=False)  # (N, S, S, 2)
     pixels = F.grid_sample(images.float() / 255, grid, align_corners=False)  # (N, 1, S, S)
 
@@ -46,22 +44,6 @@ def grey_views(images: Tensor, flip: bool = False) -> Tensor:
     mean = pixels.mean(dim=(1, 2, 3), keepdim=True)
     pixels = brightness * (mean + contrast * (pixels - mean)) + 0.05 * torch.randn_like(pixels)
     return pixels.clamp(0, 1) * 2 - 1
-
-
-def colour_views(size: int) -> Views:
-    """SimCLR's views for small images: random resized crop, flip, colour jitter of strength 0.5, grey (no blur).
-
-    Chen et al. 2020, appendix B.9 (CIFAR-10).
-    """
-    view = v2.Compose(
-        [
-            v2.RandomResizedCrop(size, scale=(0.2, 1.0), antialias=True),
-            v2.RandomHorizontalFlip(),
-            v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
-            v2.RandomGrayscale(0.2),
-        ]
-    )
-    return lambda images: scaled(torch.stack([view(image) for image in images]))
 
 
 def shifted_views(images: Tensor, by: int = 4) -> Tensor:

@@ -7,25 +7,10 @@ from collections.abc import Iterable
 import torch
 import torch.nn.functional as F
 from backbones import stage_features
-from inputs.views import scaled
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from locallearn.diagnosis.measures import vote
-
-
-@torch.no_grad()
-def features(backbone: nn.Module, images: Tensor, batch_size: int = 512) -> Tensor:
-    """The backbone's outputs in eval mode for uint8 images `(N, C, S, S)`: `(N, D)`, on the CPU."""
-    device = next(backbone.parameters()).device
-    training = backbone.training
-    backbone.eval()
-    outputs = [backbone(scaled(batch.to(device))).flatten(1).cpu() for batch in images.split(batch_size)]
-    backbone.train(training)
-    return torch.cat(outputs)
 
 
 def stage_vectors(
@@ -47,15 +32,8 @@ def stage_vectors(
     return [torch.cat(seen) for seen in vectors], torch.cat(labels)
 
 
-def linear_probe(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> float:
-    """Test accuracy in 0..1 of a logistic regression on standardised features `(N, D)`."""
-    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
-    probe.fit(train.numpy(), train_labels.numpy())
-    return float(probe.score(test.numpy(), test_labels.numpy()))
-
-
 def logistic_regression(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> float:
-    """`linear_probe` on the features' own device, which may be a GPU: the same objective, by torch's L-BFGS.
+    """Test accuracy in 0..1 of scikit-learn's logistic regression, on the features' own device: by torch's L-BFGS.
 
     Mean cross-entropy + |w|^2 / 2N on standardised features, which is scikit-learn's C = 1.
     """

@@ -182,9 +182,7 @@ def test_a_seed_gives_the_same_views_and_leaves_the_images_as_they_are() -> None
     assert torch.equal(images, before)
 
 
-@pytest.mark.parametrize(
-    "make", [views.grey_views, views.colour_views(8), views.simclr_views(8)], ids=["grey", "colour", "simclr"]
-)
+@pytest.mark.parametrize("make", [views.grey_views, views.simclr_views(8)], ids=["grey", "simclr"])
 def test_each_image_of_a_batch_gets_a_view_of_its_own(make: views.Views) -> None:
     channels = 1 if make is views.grey_views else 3
     batch = torch.randint(0, 256, (1, channels, 8, 8), dtype=torch.uint8).expand(6, -1, -1, -1)
@@ -240,16 +238,12 @@ def test_batches_may_be_so_small_that_nothing_is_blurred_or_grey() -> None:
 # ----------------------------------------------------------------------------------------------------------- grey views
 
 
-def test_only_views_that_may_flip_do() -> None:
+def test_handwriting_is_not_flipped() -> None:
     lit_left = torch.zeros(400, 1, 8, 8, dtype=torch.uint8)
     lit_left[..., :4] = 255
     torch.manual_seed(0)
-
-    def balance(seen: Tensor) -> float:
-        return float((seen[..., :4] - seen[..., 4:]).mean())
-
-    assert balance(views.grey_views(lit_left)) > 1
-    assert abs(balance(views.grey_views(lit_left, flip=True))) < 0.3
+    seen = views.grey_views(lit_left)
+    assert float((seen[..., :4] - seen[..., 4:]).mean()) > 1
 
 
 def test_the_grey_views_change_the_picture_by_what_they_say() -> None:
