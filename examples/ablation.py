@@ -138,26 +138,25 @@ def run(ablation: Ablation, args: argparse.Namespace) -> list[Results]:
 
 def show(ablation: Ablation, results: Sequence[Results], args: argparse.Namespace) -> None:
     table = Table(title=heading(ablation, args), title_justify="left", box=SIMPLE_HEAVY, padding=(0, 1, 0, 0))
-    for name, justify in (("row", "left"), ("", "left"), ("method", "left")):
-        table.add_column(name, justify=justify, no_wrap=name != "")  # type: ignore[arg-type]
-    for name in ("top-1, %:\nmean", "standard\ndeviation", "seeds", "in the\npaper"):
+    table.add_column("row", no_wrap=True)
+    table.add_column("")
+    for name in ("top-1, %", "seeds", "in the\npaper"):
         table.add_column(name, justify="right", no_wrap=True)
     for result in results:
         row = result.summary()
-        spread = "" if row["std"] is None else f"{row['std']:.1f}"
+        spread = "" if row["std"] is None else f" ± {row['std']:.1f}"
         table.add_row(
             row["row"],
             row["text"],
-            row["method"],
-            f"{row['mean']:.1f}",
-            spread,
+            f"{row['mean']:.1f}{spread}",
             str(len(row["seeds"])),
             str(row["paper"]),
         )
     console = Console()
     console.print(table)
     console.print(
-        "The paper's are of ResNet-50 on ImageNet, 100 epochs. Its rows compare methods under different decoders: "
+        "± standard deviation over seeds. The paper's are of ResNet-50 on ImageNet, 100 epochs. "
+        "Its rows compare methods under different decoders: "
         "only those with the same decoder tell what a method is worth.",
         style="dim",
         highlight=False,

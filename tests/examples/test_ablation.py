@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 from pathlib import Path
@@ -99,6 +100,19 @@ def test_what_is_finished_is_not_run_again(tmp_path: Path, calls: list[list[str]
     assert decoder_depth.main(two_rows(tmp_path)) == 0
     assert [(argv[1], argv[7]) for argv in calls] == [("loco", "1")]
     assert (tmp_path / "results.json").read_text() == first
+
+
+@pytest.mark.parametrize("table", TABLES, ids=["depth", "sharing"])
+def test_a_table_fits_eighty_columns(
+    table: ablation.Ablation, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    results = [ablation.Results(row, {0: 100.0, 1: 10.0}) for row in table.rows]
+    ablation.show(table, results, argparse.Namespace(pretraining=[], protocol="paper"))
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 80
+    assert "…" not in printed
+    assert all(row.name in printed for row in table.rows)
 
 
 @pytest.mark.usefixtures("calls")

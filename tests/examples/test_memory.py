@@ -101,6 +101,7 @@ def test_tables_and_files_agree(
     printed = capsys.readouterr().out
     assert "two views of 4 images of 32 pixels" in printed
     assert "block of at most 16 channels" in printed
+    assert max(len(line.rstrip()) for line in printed.splitlines()) <= 80
     written = json.loads((tmp_path / "new/memory.json").read_text())
     names = [row["method"] for row in written["methods"]]
     assert names[:4] == [
