@@ -87,14 +87,14 @@ def work(rank: int, folder: str, setting: Setting, steps: int, rounds: int) -> N
     dist.destroy_process_group()
 
 
-def network_costs(device: str, rows: int, ranks: Sequence[int]) -> dict[str, dict[str, list[Costs]]]:
-    """Of real backbones, cut for each number of ranks, two stages each."""
+def network_costs(device: str, rows: int) -> dict[str, dict[str, list[Costs]]]:
+    """Of real backbones, cut for each number of ranks, two stages each: the twelve blocks of a ViT make no sixteen."""
     found: dict[str, dict[str, list[Costs]]] = {}
-    makers: dict[str, tuple[Callable[[], Any], Any]] = {
-        "ResNet-50": (resnet50, ConvMLPDecoder),
-        "ViT-B/16": (vit_b_16, TokenDecoder),
+    makers: dict[str, tuple[Callable[[], Any], Any, Sequence[int]]] = {
+        "ResNet-50": (resnet50, ConvMLPDecoder, (2, 4, 8)),
+        "ViT-B/16": (vit_b_16, TokenDecoder, (2, 4)),
     }
-    for name, (make, decoder) in makers.items():
+    for name, (make, decoder, ranks) in makers.items():
         images = torch.rand(rows, 3, 224, 224, device=device)
         found[name] = {}
         for count in ranks:
@@ -132,14 +132,15 @@ def main() -> None:
     parser.add_argument("--write", type=Path, metavar="FOLDER", help="keep scale.json, scale.md and pictures there")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    record: dict[str, Any] = {"chains": [collect(setting, args.steps, args.rounds) for setting in SETTINGS]}
+    record: dict[str, Any] = {}
     if args.networks:
-        networks = network_costs(args.networks, args.network_rows, (2, 4, 8))
+        networks = network_costs(args.networks, args.network_rows)
         record["networks"] = {
             name: {ranks: [cost._asdict() for cost in costs] for ranks, costs in by_ranks.items()}
             for name, by_ranks in networks.items()
         }
         record["network_machine"] = f"{args.network_rows} images of 224 pixels; {machine(args.networks)}"
+    record["chains"] = [collect(setting, args.steps, args.rounds) for setting in SETTINGS]
     record["machine"] = f"two processes of one thread each on {machine('cpu')}"
     record["command"] = shlex.join(["python", "benchmarks/scale.py", *sys.argv[1:]])
     print(scale_page.text(record))

@@ -221,7 +221,7 @@ def parser(ablation: Ablation, script: str) -> Parser:
     result = Parser(
         allow_abbrev=False,  # `--seed` is pretrain.py's
         description=f"{ablation.title}: rows as runs over seeds. Arguments that are not listed here go to pretrain.py.",
-        epilog=f"example: python examples/{script}.py --data cifar10 --arch resnet18 --epochs 100 --rows gim_conv loco_conv",
+        epilog=f"example: python examples/{script}.py --data cifar10 --arch resnet18 --epochs 100 --rows {ablation.rows[0].name}",
     )
     add = result.add_argument
     add("--rows", nargs="+", choices=[row.name for row in ablation.rows], metavar="ROW", help=_listed(ablation.rows))
@@ -262,3 +262,7 @@ def main(ablation: Ablation, script: str, argv: list[str] | None = None) -> int:
     show(ablation, results, args)
     print(f"wrote {args.out}/results.json, results.csv and results.png")
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit("error: ablation.py is what decoder_depth.py and sharing.py have in common: run one of them, or with --help")

@@ -57,5 +57,8 @@ def device(text: str) -> torch.device:
 def write(path: Path, writer: Callable[[Path], object]) -> None:
     """Write all of a file or nothing: a run that is killed meanwhile leaves the old one."""
     unfinished = path.with_name(path.name + ".unfinished")
-    writer(unfinished)
-    unfinished.replace(path)
+    try:
+        writer(unfinished)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)  # where the disk is full

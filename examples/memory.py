@@ -4,7 +4,7 @@
     python examples/memory.py --arch resnet50        # the table in README.md; --markdown prints it as it stands there
     python examples/memory.py --arch vit_b_16        # four equal stages of three transformer blocks
 
-Runs under fake tensors: no GPU, no data, half a minute on a CPU. The counts do not depend on the machine. They leave out
+Runs under fake tensors: no GPU, no data, about a minute on a CPU. The counts do not depend on the machine. They leave out
 what all rows share (weights, their gradients, the images) and what a GPU's libraries and the allocator add; where there
 is a GPU, a column tells what it really took.
 
