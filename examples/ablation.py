@@ -265,4 +265,6 @@ def main(ablation: Ablation, script: str, argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit("error: ablation.py is what decoder_depth.py and sharing.py have in common: run one of them, or with --help")
+    sys.exit(
+        "error: ablation.py is what decoder_depth.py and sharing.py have in common: run one of them, or with --help"
+    )

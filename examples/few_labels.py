@@ -23,7 +23,7 @@ from command_line import Parser, at_least, device, number_from
 from curves.costs import machine
 from einops import reduce
 from inputs.image_sets import DataError, Images
-from inputs.images import load
+from inputs.images import load, with_labels
 from inputs.loading import plain_batches, view_batches
 from inputs.views import crop_views
 from pretraining import runs
@@ -108,7 +108,7 @@ def run(args: argparse.Namespace) -> None:
     found: dict[str, dict[float, list[float]]] = {}
     for directory in args.runs:
         settings = runs.read_settings(directory)
-        images = load(args.data or settings["data"], args.data_dir, args.download, settings["image_size"])
+        images = with_labels(load(args.data or settings["data"], args.data_dir, args.download, settings["image_size"]))
         if not isinstance(images, Images):
             raise DataError(f"{images.name} is too large to be held in memory, as this needs it")
         size, held_out = settings.get("images"), settings.get("held_out")

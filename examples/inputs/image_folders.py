@@ -80,13 +80,16 @@ def imagenet(directory: Path, size: int | None) -> Folder:
 
 
 def image_folder(path: Path, size: int | None) -> Images | Folder:
-    """`path/train/CLASS/*` and `path/val` or `path/test`; where `path` holds the classes, every fifth image is held out."""
+    """`path/train/CLASS/*` and `path/val` or `path/test`; where `path` holds the classes, every fifth image is held out.
+
+    A folder of images and no folders has no labels: all are of class 0.
+    """
     if not path.is_dir():
         raise DataError(f"there is no directory {path}")
     held_out = next((path / part for part in ("val", "test") if (path / part).is_dir()), None)
     if held_out is not None and (path / "train").is_dir():
         return gathered(path.name, size or SIZE, *two_folders(path / "train", held_out))
-    paths, labels = _part(_folder(path))
+    paths, labels = _flat(path) or _part(_folder(path))
     fifth = torch.arange(len(labels)) % 5 == 4
     train, test = (([paths[i] for i in chosen.nonzero().flatten()], labels[chosen]) for chosen in (~fifth, fifth))
     return gathered(path.name, size or SIZE, train, test)
@@ -104,6 +107,14 @@ def gathered(name: str, size: int, train: Part, test: Part) -> Images | Folder:
     if (len(train[0]) + len(test[0])) * 3 * size**2 > MEMORY:
         return Folder(name, size, *train, *test)
     return Images(name, _pixels(train[0], size), train[1], _pixels(test[0], size), test[1])
+
+
+def _flat(path: Path) -> Part | None:
+    entries = sorted(path.iterdir())
+    paths = [str(entry) for entry in entries if entry.suffix.lower() in datasets.folder.IMG_EXTENSIONS]
+    if not paths or any(entry.is_dir() for entry in entries):
+        return None
+    return paths, torch.zeros(len(paths), dtype=torch.long)
 
 
 def _folder(path: Path) -> datasets.ImageFolder:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from PIL import Image
+import numpy as np
+from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms import v2
 
@@ -80,9 +81,21 @@ class Folder:
 
 
 def decoded(path: str | Path) -> Tensor:
-    """An image file's pixels, uint8 RGB `(3, H, W)`."""
+    """An image file's pixels, turned as its EXIF data say, uint8 RGB `(3, H, W)`."""
     try:
         with Image.open(path) as image:
-            return v2.functional.pil_to_tensor(image.convert("RGB"))
-    except OSError as problem:
-        raise DataError(f"{path} is no image that can be read ({problem})") from problem
+            return v2.functional.pil_to_tensor(_eight_bits(ImageOps.exif_transpose(image)).convert("RGB"))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as problem:
+        reason = " ".join(str(problem).split())
+        raise DataError(f"{path} is no image that can be read ({reason})") from problem
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Grey of 16 bits from 0..65535, and of floats from 0..1 (or 0..255), to 0..255; Pillow would cut what is above 255."""
+    if image.mode != "F" and not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image, dtype=np.float64)
+    most = 65535 if image.mode != "F" else 1 if values.max() <= 1 else 255
+    if not (values.min() >= 0 and values.max() <= most):  # nan too
+        raise ValueError(f"its values reach from {values.min():g} to {values.max():g}; expected 0 to {most}")
+    return Image.fromarray((values * (255 / most)).round().astype(np.uint8))

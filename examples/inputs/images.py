@@ -56,6 +56,15 @@ def load(name: str, directory: Path = Path("data"), download: bool = False, size
     raise DataError(f"unknown data set {name!r}: choose {NAMES}")
 
 
+def with_labels(images: Images | Folder) -> Images | Folder:
+    """The images, where there is something to read out; raises `DataError` where all are of one class."""
+    if images.classes < 2:
+        raise DataError(
+            f"{images.name} has no labels, or one class only: say which labelled images to read out with --data"
+        )
+    return images
+
+
 def _kind(name: str) -> tuple[str, str]:
     """A name's kind and, where it has one, its path: `photos/` -> imagefolder and photos."""
     kind, _, path = name.partition(":")

@@ -22,8 +22,10 @@ import torch
 pytest.importorskip("sklearn", reason="the examples need the extra `examples`")
 pytest.importorskip("tqdm")
 
+import knn_eval
+import pretrain
 from inputs import image_folders, images
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 from torchvision import datasets
 from torchvision.transforms.v2 import functional
@@ -310,6 +312,55 @@ def test_grey_files_become_rgb(tmp_path: Path) -> None:
     assert torch.equal(decoded[0], torch.from_numpy(pixels(9, 9)))
 
 
+def test_a_folder_of_photos_without_labels_is_of_one_class(tmp_path: Path) -> None:
+    write_pngs(tmp_path / "photos", 10, 10)
+    (tmp_path / "photos/notes.txt").write_text("no image")
+    loaded = images.load(str(tmp_path / "photos"), size=8)
+    assert loaded.train.shape == (8, 3, 8, 8)
+    assert loaded.train_labels.tolist() == [0] * 8
+    assert loaded.test_labels.tolist() == [0] * 2
+
+
+def test_photos_are_turned_as_their_camera_was(tmp_path: Path) -> None:
+    upright = Image.fromarray(pixels(6, 4, 3))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # to be turned right by a quarter
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    assert torch.equal(image_folders.decoded(tmp_path / "turned.png"), functional.pil_to_tensor(upright))
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("deep.png", np.array([[0, 257, 65535]], dtype=np.uint16)),
+        ("float.tif", np.array([[0, 1 / 255, 1]], dtype=np.float32)),
+        ("float.tif", np.array([[0, 1, 255]], dtype=np.float32)),
+    ],
+)
+def test_deep_grey_images_are_scaled_from_their_range(name: str, values: np.ndarray[Any, Any], tmp_path: Path) -> None:
+    Image.fromarray(values).save(tmp_path / name)
+    assert image_folders.decoded(tmp_path / name)[0].tolist() == [[0, 1, 255]]
+
+
+@pytest.mark.parametrize("values", [[[0, 300]], [[-1, 1]], [[0, np.nan]]])
+def test_floats_of_an_unknown_range_are_refused(values: list[list[float]], tmp_path: Path) -> None:
+    Image.fromarray(np.array(values, dtype=np.float32)).save(tmp_path / "float.tif")
+    with pytest.raises(images.DataError, match=r"float\.tif is no image that can be read \(its values reach from"):
+        image_folders.decoded(tmp_path / "float.tif")
+
+
+def test_damaged_images_are_one_line_with_their_name(tmp_path: Path) -> None:
+    (tmp_path / "odd.ppm").write_bytes(b"P6 2 x 255 ")
+    whole = tmp_path / "whole.png"
+    Image.fromarray(pixels(64, 64)).save(whole)
+    damaged = bytearray(whole.read_bytes())
+    damaged[45] ^= 255
+    (tmp_path / "odd.png").write_bytes(damaged)
+    for name in ("odd.ppm", "odd.png"):
+        with pytest.raises(images.DataError, match=rf".*{name} is no image that can be read"):
+            image_folders.decoded(tmp_path / name)
+
+
 def test_what_is_missing_or_laid_out_otherwise_is_one_line(tmp_path: Path) -> None:
     assert re.fullmatch(
         r"imagenette is not in .* \(no imagenette2-160\); add --download.*", refusal("imagenette", tmp_path)
@@ -356,3 +407,17 @@ def test_a_damaged_file_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(images.DataError, match="fashion-mnist cannot be read from"):
         images.load("fashion-mnist", tmp_path)
+
+
+def test_images_without_labels_are_trained_on_and_not_read_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "photos").mkdir()
+    for i in range(20):
+        Image.new("RGB", (12, 10), (12 * i, 100, 50)).save(tmp_path / f"photos/{i}.png")
+    args = ["--data", str(tmp_path / "photos"), "--image-size", "16", "--batch-size", "8", "--epochs", "1"]
+    assert pretrain.main([*args, "--device", "cpu", "--out", str(tmp_path / "run")]) == 0
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        knn_eval.main([str(tmp_path / "run"), "--device", "cpu"])
+    assert capsys.readouterr().err.startswith("error: photos has no labels, or one class only")
