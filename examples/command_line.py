@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -60,5 +61,7 @@ def write(path: Path, writer: Callable[[Path], object]) -> None:
     try:
         writer(unfinished)
         unfinished.replace(path)
+    except RuntimeError as problem:  # torch.save's word for a full disk
+        raise OSError(errno.EIO, " ".join(str(problem).split()), str(path)) from problem
     finally:
-        unfinished.unlink(missing_ok=True)  # where the disk is full
+        unfinished.unlink(missing_ok=True)

@@ -142,6 +142,8 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
             training.restore(checkpoint)
         except UNREADABLE as problem:
             raise DataError(f"the newest checkpoint of {args.out} is not one of this run") from problem
+        if training.step > steps:
+            raise DataError(f"the newest checkpoint of {args.out} is of step {training.step}; this run ends at {steps}")
         del checkpoint
 
     with processes.joined(args.device):
@@ -184,7 +186,13 @@ def finish(args: argparse.Namespace, training: Training, settings: dict[str, Any
 def settings_of(args: argparse.Namespace, processes: Processes, images: Images) -> dict[str, Any]:
     """What a run's results depend on."""
     chosen = {name: getattr(args, name) for name in RESULTS_DEPEND_ON}
-    return chosen | {"image_size": images.size, "mean": list(MEAN), "std": list(STD), "processes": processes.size}
+    return chosen | {
+        "train_images": images.mark,
+        "image_size": images.size,
+        "mean": list(MEAN),
+        "std": list(STD),
+        "processes": processes.size,
+    }
 
 
 def about(args: argparse.Namespace, training: Training) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -49,6 +50,11 @@ class Images:
     def classes(self) -> int:
         return int(max(self.train_labels.max(), self.test_labels.max())) + 1
 
+    @property
+    def mark(self) -> str:
+        """How many images there are to train on, and a checksum of their pixels: other images have another mark."""
+        return f"{len(self.train)} ({zlib.crc32(self.train.contiguous().numpy()):08x})"
+
     def holding_out(self, indices: Tensor) -> Images:
         """The same data set with only these of the images held out."""
         return replace(self, test=self.test[indices], test_labels=self.test_labels[indices])
@@ -69,6 +75,12 @@ class Folder:
     @property
     def classes(self) -> int:
         return int(max(self.train_labels.max(), self.test_labels.max())) + 1
+
+    @property
+    def mark(self) -> str:
+        """How many images there are to train on, and a checksum of their names, each with its folder's."""
+        names = "\n".join("/".join(Path(path).parts[-2:]) for path in self.train_paths)
+        return f"{len(self.train_paths)} ({zlib.crc32(names.encode()):08x})"
 
     def holding_out(self, indices: Tensor) -> Folder:
         """The same data set with only these of the images held out."""

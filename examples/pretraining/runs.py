@@ -198,7 +198,10 @@ def read_log(directory: Path) -> list[dict[str, Any]]:
     """The lines of log.jsonl; one that a killed run left unfinished is not there."""
     path = directory / "log.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    try:
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+    except ValueError as problem:
+        raise DataError(f"{path} is damaged: a line of it is no JSON ({problem})") from problem
 
 
 def cut_log(directory: Path, step: int) -> None:

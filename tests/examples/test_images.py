@@ -416,8 +416,13 @@ def test_images_without_labels_are_trained_on_and_not_read_out(
     for i in range(20):
         Image.new("RGB", (12, 10), (12 * i, 100, 50)).save(tmp_path / f"photos/{i}.png")
     args = ["--data", str(tmp_path / "photos"), "--image-size", "16", "--batch-size", "8", "--epochs", "1"]
-    assert pretrain.main([*args, "--device", "cpu", "--out", str(tmp_path / "run")]) == 0
+    args += ["--device", "cpu", "--out", str(tmp_path / "run")]
+    assert pretrain.main(args) == 0
     capsys.readouterr()
     with pytest.raises(SystemExit, match="2"):
         knn_eval.main([str(tmp_path / "run"), "--device", "cpu"])
     assert capsys.readouterr().err.startswith("error: photos has no labels, or one class only")
+    Image.new("RGB", (12, 10)).save(tmp_path / "photos/more.png")
+    with pytest.raises(SystemExit, match="2"):
+        pretrain.main([*args, "--resume", "auto"])
+    assert re.search(r"a run with other settings: train_images 16 \(.*\), not 17 \(", capsys.readouterr().err)

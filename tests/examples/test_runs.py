@@ -13,6 +13,7 @@ pytest.importorskip("sklearn", reason="the examples need the extra `examples`")
 pytest.importorskip("safetensors")
 
 from backbones import ARCHITECTURES
+from command_line import write
 from inputs import images
 from pretraining import runs
 from pretraining.norms import by_groups
@@ -145,3 +146,19 @@ def test_the_log_is_cut_after_a_step_and_loses_what_was_half_written(tmp_path: P
     runs.cut_log(tmp_path, 4)
     assert (tmp_path / "log.jsonl").read_text() == "".join(lines[:2])
     assert runs.read_log(tmp_path / "elsewhere") == []
+
+
+def test_a_damaged_line_of_the_log_is_told_with_its_file(tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").write_text('{"step": 1}\ngarbage\n{"step": 2}\n')
+    with pytest.raises(images.DataError, match=r"log\.jsonl is damaged: a line of it is no JSON"):
+        runs.read_log(tmp_path)
+
+
+def test_a_full_disk_is_told_with_its_file_and_leaves_nothing_half_written(tmp_path: Path) -> None:
+    def fill(path: Path) -> None:
+        path.write_text("half")
+        raise RuntimeError("unexpected pos 64 vs 0")  # as torch.save does
+
+    with pytest.raises(OSError, match=r"unexpected pos 64 vs 0.*weights\.pt"):
+        write(tmp_path / "weights.pt", fill)
+    assert not list(tmp_path.iterdir())
