@@ -52,7 +52,7 @@ class Photo:
     def read(self) -> Tensor:
         """The pixels, uint8 `(3, H, W)`. Raises `DataError` for a file that is broken or of another size."""
         try:
-            pixels = decoded(self.path)
+            pixels = decoded(self.path, upright=False)  # as the annotations see them
         except (SyntaxError, ValueError) as problem:  # what Pillow raises in the middle of some broken files
             raise DataError(f"{self.path} is no image that can be read ({problem})") from problem
         if pixels.shape[1:] != (self.height, self.width):

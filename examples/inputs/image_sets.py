@@ -92,11 +92,12 @@ class Folder:
         return decoded((self.train_paths if part == "train" else self.test_paths)[index])
 
 
-def decoded(path: str | Path) -> Tensor:
-    """An image file's pixels, turned as its EXIF data say, uint8 RGB `(3, H, W)`."""
+def decoded(path: str | Path, *, upright: bool = True) -> Tensor:
+    """An image file's pixels, turned as its EXIF data say or as they lie in the file, uint8 RGB `(3, H, W)`."""
     try:
         with Image.open(path) as image:
-            return v2.functional.pil_to_tensor(_eight_bits(ImageOps.exif_transpose(image)).convert("RGB"))
+            turned = ImageOps.exif_transpose(image) if upright else image
+            return v2.functional.pil_to_tensor(_eight_bits(turned).convert("RGB"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as problem:
         reason = " ".join(str(problem).split())
         raise DataError(f"{path} is no image that can be read ({reason})") from problem

@@ -327,6 +327,7 @@ def test_photos_are_turned_as_their_camera_was(tmp_path: Path) -> None:
     exif[ExifTags.Base.Orientation] = 6  # to be turned right by a quarter
     upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
     assert torch.equal(image_folders.decoded(tmp_path / "turned.png"), functional.pil_to_tensor(upright))
+    assert image_folders.decoded(tmp_path / "turned.png", upright=False).shape == (3, 4, 6)  # as detection needs it
 
 
 @pytest.mark.parametrize(
