@@ -19,7 +19,7 @@ from typing import Any
 
 import linear_eval
 import pretrain
-from command_line import Parser, at_least, write
+from command_line import Parser, at_least, device, read_json, status_of, write
 from drawing.figure_style import FAINT, GRID, INK, STYLE
 from inputs.images import DataError
 from matplotlib import rc_context
@@ -30,13 +30,6 @@ from rich.table import Table
 
 PROTOCOLS = ("fast", "paper")
 OURS = ("--method", "--overlap", "--decoder", "--sharing", "--seed", "--out", "--resume")  # set row by row
-
-
-class StoppedError(Exception):
-    """A run was interrupted, or refused; with the exit status."""
-
-    def __init__(self, status: int) -> None:
-        self.status = status
 
 
 @dataclass(frozen=True)
@@ -97,14 +90,15 @@ def run_row(row: Row, seed: int, args: argparse.Namespace) -> float:
     asked = {"pretrain": arguments, "protocol": args.protocol}
     finished = directory / "row.json"
     if finished.is_file():
-        known = json.loads(finished.read_text())
+        known = read_json(finished)
         if {name: known[name] for name in asked} != asked:
             raise DataError(
                 f"{directory} was run with other arguments: {shlex.join(known['pretrain'])}, --protocol {known['protocol']}; "
                 "choose another --out"
             )
         return float(known["top1"])
-    here = [word for name in ("device", "threads") if (value := getattr(args, name)) for word in (f"--{name}", value)]
+    given = {name: getattr(args, name) for name in ("device", "threads")}
+    here = [word for name, value in given.items() if value for word in (f"--{name}", str(value))]
     resume = ["--resume"] if args.protocol == "paper" else []
     _finish(pretrain.main([*arguments, *here, "--out", str(directory), "--resume", "auto"]))
     _finish(linear_eval.main([str(directory), "--protocol", args.protocol, *resume, *here]))
@@ -116,10 +110,10 @@ def run_row(row: Row, seed: int, args: argparse.Namespace) -> float:
 
 def _finish(status: int) -> None:
     if status:
-        raise StoppedError(status)
+        raise KeyboardInterrupt
 
 
-def run(ablation: Ablation, args: argparse.Namespace) -> list[Results]:
+def all_rows(ablation: Ablation, args: argparse.Namespace) -> list[Results]:
     """All rows with the first seed, then all with the next: a table that is stopped early compares like with like."""
     results = [Results(row) for row in ablation.rows if not args.rows or row.name in args.rows]
     args.out.mkdir(parents=True, exist_ok=True)
@@ -217,8 +211,16 @@ def draw(ablation: Ablation, results: Sequence[Results], args: argparse.Namespac
 # ------------------------------------------------------------------------------------------------------- arguments
 
 
+class PassingOn(Parser):
+    """Keeps for pretrain.py what it does not know itself."""
+
+    def parse_args(self, argv: Sequence[str] | None = None, namespace: None = None) -> argparse.Namespace:
+        args, args.pretraining = self.parse_known_args(argv, namespace)
+        return args
+
+
 def parser(ablation: Ablation, script: str) -> Parser:
-    result = Parser(
+    result = PassingOn(
         allow_abbrev=False,  # `--seed` is pretrain.py's
         description=f"{ablation.title}: rows as runs over seeds. Arguments that are not listed here go to pretrain.py.",
         epilog=f"example: python examples/{script}.py --data cifar10 --arch resnet18 --epochs 100 --rows {ablation.rows[0].name}",
@@ -227,8 +229,8 @@ def parser(ablation: Ablation, script: str) -> Parser:
     add("--rows", nargs="+", choices=[row.name for row in ablation.rows], metavar="ROW", help=_listed(ablation.rows))
     add("--seeds", type=at_least(1), default=3, metavar="N", help="seeds 0 to N - 1 (%(default)s)")
     add("--protocol", choices=PROTOCOLS, default="fast", help="of the linear read-out (%(default)s)")
-    add("--device", metavar="DEVICE", help="cpu, cuda, ... (cuda where there is one)")
-    add("--threads", metavar="N", help="of the CPU")
+    add("--device", type=device, help="cpu, cuda, ... (cuda where there is one)")
+    add("--threads", type=at_least(1), metavar="N", help="of the CPU (torch's choice)")
     add("--out", type=Path, default=Path("runs", script), metavar="DIR", help="where the runs go (%(default)s)")
     return result
 
@@ -240,28 +242,22 @@ def _listed(rows: Sequence[Row]) -> str:
 def main(ablation: Ablation, script: str, argv: list[str] | None = None) -> int:
     """The whole of a script that runs `ablation`."""
     argv = sys.argv[1:] if argv is None else argv
-    arguments = parser(ablation, script)
-    args, args.pretraining = arguments.parse_known_args(argv)
+    again = shlex.join(["python", f"examples/{script}.py", *argv])
+    stopped = f"stopped; what is finished is not run again, go on with: {again}"
+    return status_of(parser(ablation, script), partial(run, ablation), argv, stopped)
+
+
+def run(ablation: Ablation, args: argparse.Namespace) -> None:
+    """Every row with every seed, and the table of all."""
     given = {word.split("=")[0] for word in args.pretraining if word.startswith("--")}
     if own := sorted(word for word in given if any(name.startswith(word) for name in OURS)):
-        arguments.error(f"{', '.join(own)}: this follows from the rows; choose them by --rows, and seeds by --seeds")
+        raise DataError(f"{', '.join(own)}: this follows from the rows; choose them by --rows, and seeds by --seeds")
     for name, value in ablation.defaults.items():
         if name not in given:
             args.pretraining += [name, value]
     pretrain.parser().parse_args(args.pretraining)  # refuses what it does not know, before the first run
-    try:
-        results = run(ablation, args)
-    except StoppedError as stopped:
-        again = shlex.join(["python", f"examples/{script}.py", *argv])
-        print(f"stopped; what is finished is not run again, go on with: {again}", file=sys.stderr)
-        return stopped.status
-    except DataError as problem:
-        arguments.error(str(problem))
-    except OSError as problem:
-        arguments.error(f"cannot read or write {problem.filename or args.out}: {problem.strerror or problem}")
-    show(ablation, results, args)
+    show(ablation, all_rows(ablation, args), args)
     print(f"wrote {args.out}/results.json, results.csv and results.png")
-    return 0
 
 
 if __name__ == "__main__":

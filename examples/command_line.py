@@ -1,15 +1,26 @@
-"""What the examples' command lines share: errors in one line, checked arguments, files written whole or not at all."""
+"""What the examples' command lines share: how a script ends, checked arguments, files written whole or not at all."""
 
 from __future__ import annotations
 
 import argparse
 import errno
+import json
 import math
-from collections.abc import Callable
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
+from inputs.image_sets import DataError
+
+from locallearn.diagnosis import DivergedError
+
+# of the CPU's allocator, of CUDA's and of its libraries
+OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|ALLOC_FAILED", re.IGNORECASE)
+WANTED = re.compile(r"(?:tried|unable) to allocate (\d[\d.]* ?\w+)", re.IGNORECASE)
 
 
 class Parser(argparse.ArgumentParser):
@@ -17,6 +28,51 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {' '.join(message.split())}\n")
+
+
+def status_of(
+    arguments: Parser,
+    run: Callable[[argparse.Namespace], int | None],
+    argv: Sequence[str] | None = None,
+    stopped: str = "stopped",
+) -> int:
+    """Run a script from its command line, and return its exit status.
+
+    What can be foreseen to go wrong is one line on stderr and status 2, Ctrl-C is the line `stopped` and 130. All else is a
+    mistake of the script's own, and its traceback is wanted.
+    """
+    args = arguments.parse_args(argv)
+    try:
+        return run(args) or 0
+    except KeyboardInterrupt:
+        print(f"\n{stopped}", file=sys.stderr)
+        return 130
+    except Exception as problem:
+        line = _foreseen(problem, args)
+        if line is None:
+            raise
+    if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun starts, the first says it for all
+        arguments.error(line)
+    return 2
+
+
+def _foreseen(problem: Exception, args: argparse.Namespace) -> str | None:
+    """What to say of a problem; `None` where nobody could foresee it."""
+    text = " ".join(str(problem).split())
+    if isinstance(problem, DataError | DivergedError):
+        return text
+    if isinstance(problem, ModuleNotFoundError):
+        return f"this needs the package {problem.name}, which is not installed"
+    if isinstance(problem, OSError):
+        file = problem.filename or getattr(args, "out", None) or "a file"
+        return f"cannot read or write {file}: {problem.strerror or problem}"
+    if isinstance(problem, MemoryError) or (isinstance(problem, RuntimeError) and OUT_OF_MEMORY.search(text)):
+        wanted = WANTED.search(text)
+        advice = "lower --batch-size" if hasattr(args, "batch_size") else "take less at a time"
+        return f"there is not enough memory{f' for {wanted[1]} more' if wanted else ''}: {advice}"
+    if isinstance(problem, RuntimeError) and text.startswith("DataLoader worker"):
+        return f"a process that reads images has died ({text}): take fewer --workers"
+    return None
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -48,11 +104,32 @@ def number_from(least: float, *, above: bool = False) -> Callable[[str], float]:
 
 
 def device(text: str) -> torch.device:
-    """A type for arguments: a device that this machine has."""
+    """A type for arguments: a device that this machine has, and that computes (`meta` does not)."""
     try:
-        return torch.empty(0, device=text).device
-    except (RuntimeError, AssertionError) as problem:
+        one = torch.ones(1, device=text)
+        one.item()
+        return one.device
+    except (RuntimeError, AssertionError, ImportError) as problem:
         raise argparse.ArgumentTypeError(f"{text!r} is no device of this machine") from problem
+
+
+def read_json(path: Path) -> Any:
+    """What a file says. Raises `DataError` where it is damaged."""
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as problem:
+        raise DataError(f"{path} is damaged: it is no JSON ({problem})") from problem
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """What a file says line by line, without a last line that is not finished. Raises `DataError` where it is damaged."""
+    try:
+        lines = [json.loads(line) for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+    except ValueError as problem:
+        raise DataError(f"{path} is damaged: a line of it is no JSON ({problem})") from problem
+    if other := [line for line in lines if not isinstance(line, dict)]:
+        raise DataError(f"{path} is damaged: a line of it says {other[0]!r:.60}")
+    return lines
 
 
 def write(path: Path, writer: Callable[[Path], object]) -> None:

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
-from command_line import Parser, at_least
+from command_line import Parser, at_least, status_of
 from inputs.images import load
 from inputs.views import grey_views, scaled
 from quickstart import LEARNING_RATE, STAGES, SmallResNet
@@ -100,8 +100,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(description="Draw what locallearn.diagnosis has to say of runs on the digits.")
     parser.add_argument("--steps", type=at_least(1), default=280, help="of each run (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/diagnose"), help="where pictures go (%(default)s)")
-    run(parser.parse_args(argv))
-    return 0
+    return status_of(parser, run, argv)
 
 
 if __name__ == "__main__":

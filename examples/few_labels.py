@@ -19,16 +19,16 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from backbones import ARCHITECTURES
-from command_line import Parser, at_least, device, number_from
+from command_line import Parser, at_least, device, number_from, status_of
 from curves.costs import machine
 from einops import reduce
 from inputs.image_sets import DataError, Images
-from inputs.images import load, with_labels
+from inputs.images import load, tell, with_labels
 from inputs.loading import plain_batches, view_batches
 from inputs.views import crop_views
 from pretraining import runs
 from pretraining.optimisers import optimizer, warm_up_and_cosine
-from reading.readout import finish, save
+from reading.readout import save
 from rich.box import SIMPLE_HEAVY
 from rich.console import Console
 from rich.table import Table
@@ -108,7 +108,8 @@ def run(args: argparse.Namespace) -> None:
     found: dict[str, dict[float, list[float]]] = {}
     for directory in args.runs:
         settings = runs.read_settings(directory)
-        images = with_labels(load(args.data or settings["data"], args.data_dir, args.download, settings["image_size"]))
+        where = args.data or settings["data"], args.data_dir, args.download, settings["image_size"]
+        images = with_labels(tell(load(*where, settings.get("on_broken", "stop"))))
         if not isinstance(images, Images):
             raise DataError(f"{images.name} is too large to be held in memory, as this needs it")
         size, held_out = settings.get("images"), settings.get("held_out")
@@ -186,7 +187,7 @@ def parser() -> Parser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return finish(parser(), run, argv)
+    return status_of(parser(), run, argv)
 
 
 if __name__ == "__main__":

@@ -22,12 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from command_line import Parser, at_least, device, write
+from command_line import Parser, at_least, device, status_of, write
 from drawing.charts import Loss, Point, Reading, Saving, draw_losses, draw_memory, draw_stages, draw_tsne
 from inputs.image_sets import DataError
 from pretraining.runs import read_log
 from reading.encoders import chosen, vectors
-from reading.readout import finish
 from sklearn.manifold import TSNE
 from torch import Tensor
 
@@ -327,7 +326,7 @@ def parser() -> Parser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return finish(parser(), lambda args: args.draw(args), argv)
+    return status_of(parser(), lambda args: args.draw(args), argv)
 
 
 if __name__ == "__main__":

@@ -11,10 +11,10 @@ import argparse
 import sys
 from dataclasses import replace
 
-from command_line import Parser, at_least
+from command_line import Parser, at_least, status_of
 from reading.encoders import about, add_arguments, chosen, vectors
 from reading.evaluate import knn
-from reading.readout import file_name, finish, save, show
+from reading.readout import file_name, save, show
 from tqdm import tqdm
 
 TEMPERATURE = 0.07
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return finish(parser(), run, argv)
+    return status_of(parser(), run, argv)
 
 
 if __name__ == "__main__":

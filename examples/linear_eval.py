@@ -24,13 +24,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from backbones import stage_features
-from command_line import Parser, at_least, number_from, write
+from command_line import Parser, at_least, number_from, status_of, write
 from inputs.image_sets import DataError, Folder, Images
 from inputs.loading import plain_batches, view_batches
 from inputs.views import crop_views
 from reading.encoders import Encoder, about, add_arguments, chosen, vectors
 from reading.evaluate import logistic_regression
-from reading.readout import file_name, finish, save, show
+from reading.readout import file_name, save, show
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -195,7 +195,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return finish(parser(), run, argv, "stopped; the paper's protocol goes on with --resume")
+    return status_of(parser(), run, argv, "stopped; the paper's protocol goes on with --resume")
 
 
 if __name__ == "__main__":

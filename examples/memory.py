@@ -20,6 +20,7 @@ and its FLOPs have 144; so have we, and so that stage weighs 1.9 points more her
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import sys
@@ -29,7 +30,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from command_line import Parser, at_least, write
+from command_line import Parser, at_least, status_of, write
 from counting.paper_counts import StageCount, paper_counts, shares
 from counting.step_costs import (
     COUNTED,
@@ -46,6 +47,7 @@ from counting.step_costs import (
     size,
 )
 from drawing.figure_style import FAINT, METHODS, STYLE
+from inputs.image_sets import DataError
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAVY
@@ -336,24 +338,22 @@ def parser() -> Parser:
     return result
 
 
-def main(argv: list[str] | None = None) -> int:
-    arguments = parser()
-    args = arguments.parse_args(argv)
+def run(args: argparse.Namespace) -> None:
     image_size = args.image_size or (32 if args.arch == "presnet_small" else 224)
     if args.arch == "vit_b_16" and image_size % 16:
-        arguments.error(f"--arch vit_b_16 takes patches of 16 pixels, got --image-size {image_size}")
+        raise DataError(f"--arch vit_b_16 takes patches of 16 pixels, got --image-size {image_size}")
     width = args.decoder_width or DECODER_WIDTHS.get(args.arch)
     tables = count(Setting(args.arch, args.batch_size, image_size, width))
     if args.markdown:
         print(markdown(tables))
     else:
         show(tables)
-    try:
-        if args.out:
-            save(tables, args.out)
-    except OSError as problem:
-        arguments.error(f"cannot write to {args.out}: {problem.strerror or problem}")
-    return 0
+    if args.out:
+        save(tables, args.out)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return status_of(parser(), run, argv)
 
 
 if __name__ == "__main__":

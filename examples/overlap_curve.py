@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from command_line import Parser, at_least, device, write
+from command_line import Parser, at_least, device, read_json, read_lines, status_of, write
 from curves.claims import alone, claimed
 from curves.costs import costs, machine, time_steps
 from curves.graphed import GraphedStep
@@ -41,21 +41,19 @@ from curves.network import first, new_training
 from curves.presets import PRESETS, START, Curve, Job, Setting, jobs
 from curves.results import markdown, show
 from drawing.overlap import draw_curves
-from inputs.images import NAMES, DataError, Images, load
+from inputs.images import NAMES, DataError, Images, load, tell
 from inputs.loading import plain_batches, view_batches
 from inputs.views import shifted_views, simclr_views
 from pretraining.draws import Draws
-from pretraining.ending import status_of
 from pretraining.interrupt import interruptible
 from pretraining.progress import Progress
 from pretraining.runs import (
-    UNREADABLE,
     commit,
     cut_log,
     is_finished,
-    newest_checkpoint,
     read_log,
     save_checkpoint,
+    take_up,
     write_settings,
 )
 from pretraining.training import Training
@@ -141,12 +139,7 @@ def run_job(job: Job, images: Images, args: argparse.Namespace, asked: Callable[
     print(f"{job.place}: {len(images.train)} images, {job.setting.epochs} epochs", flush=True)
     steps = 0 if job.row == START else job.setting.epochs * (len(images.train) // job.setting.batch_size)
     training = new_training(job, images, steps, args.device)
-    checkpoint = newest_checkpoint(directory)
-    if checkpoint is not None:
-        try:
-            training.restore(checkpoint)
-        except UNREADABLE as problem:
-            raise DataError(f"the newest checkpoint of {directory} is not one of this run") from problem
+    take_up(directory, training, steps)
     units = [[unit.first, unit.last] for unit in training.model.plan.units]
     write_settings(directory, settings | {"units": units})
     cut_log(directory, training.step)
@@ -194,7 +187,7 @@ def last_losses(directory: Path, steps: int) -> list[float] | None:
 def gather(out: Path) -> list[dict[str, Any]]:
     """results.jsonl: a line for each finished run in `out`."""
     with alone(out / "results.lock"):
-        found = [json.loads(path.read_text()) for path in sorted(out.glob("*/*/seed-*/run.json"))]
+        found = [read_json(path) for path in sorted(out.glob("*/*/seed-*/run.json"))]
         lines = [line for line in found if "seconds" in line]
         text = "".join(json.dumps(line) + "\n" for line in lines)
         write(out / "results.jsonl", lambda path: path.write_text(text))
@@ -203,8 +196,8 @@ def gather(out: Path) -> list[dict[str, Any]]:
 
 def report(paths: Sequence[Path], curves: Sequence[str] | None, out: Path, page: Path | None = None) -> None:
     """Of all lines in these files, of results and of times; of some curves or all. The tables go into a page if there is one."""
-    found = [json.loads(line) for path in paths if path.is_file() for line in path.read_text().splitlines()]
-    lines = [line for line in found if not curves or line["curve"] in curves]
+    found = [line for path in paths if path.is_file() for line in read_lines(path)]
+    lines = [line for line in found if "curve" in line and (not curves or line["curve"] in curves)]
     if not any("accuracy" in line for line in lines):
         raise DataError(f"there is no finished run in {' or '.join(map(str, paths))}")
     out.mkdir(parents=True, exist_ok=True)
@@ -240,7 +233,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
     args.device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.threads:
         torch.set_num_threads(args.threads)
-    images = load(args.data, args.data_dir, args.download)
+    images = tell(load(args.data, args.data_dir, args.download))
     if not isinstance(images, Images):
         raise DataError(f"{images.name} is too large to be held in memory, as this needs it")
     curves = chosen(args)
@@ -331,7 +324,8 @@ def parser() -> Parser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return status_of(parser(), run, argv)
+    argv = sys.argv[1:] if argv is None else argv
+    return status_of(parser(), lambda args: run(args, argv), argv, "stopped; the same command goes on")
 
 
 if __name__ == "__main__":

@@ -24,24 +24,24 @@ import time
 from typing import Any
 
 import torch
-from inputs.images import DataError, Images, load
+from command_line import status_of
+from inputs.images import DataError, Images, load, tell
 from inputs.loading import view_batches
 from inputs.views import Views, grey_views, simclr_views
 from pretraining.draws import DROPOUT, Draws, seed_of
-from pretraining.ending import status_of
 from pretraining.interrupt import interruptible
 from pretraining.pretrain_options import DIGITS, RESULTS_DEPEND_ON, complete, parser
 from pretraining.processes import Processes
 from pretraining.progress import Progress
+from pretraining.run_options import RESUMES
 from pretraining.runs import (
-    UNREADABLE,
     commit,
     cut_log,
     is_finished,
-    newest_checkpoint,
     read_log,
     save_backbone,
     save_checkpoint,
+    take_up,
     write_settings,
 )
 from pretraining.training import Training, local_gradients, new_training
@@ -122,13 +122,14 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
     args.device = processes.device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
-    images = load(
-        args.data, args.data_dir, args.download, args.image_size or (DIGITS if args.data == "digits" else None)
-    )
+    size = args.image_size or (DIGITS if args.data == "digits" else None)
+    images = load(args.data, args.data_dir, args.download, size, args.on_broken, args.workers)
+    if processes.leads:
+        tell(images)
     complete(args, processes, images)
     steps = args.epochs * (len(images.train_labels) // args.batch_size)
     settings = settings_of(args, processes, images)
-    if is_finished(args.out, settings, resume=bool(args.resume)):
+    if is_finished(args.out, settings, resume=bool(args.resume), implied=args.implied):
         if processes.leads:
             print(f"{args.out} is finished")
         return 0
@@ -136,16 +137,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
         training = new_training(args, images.size, steps)
     except ValueError as problem:
         raise DataError(f"{args.arch} cannot be trained so: {problem}") from problem
-    checkpoint = newest_checkpoint(args.out)
-    if checkpoint is not None:
-        try:
-            training.restore(checkpoint)
-        except UNREADABLE as problem:
-            raise DataError(f"the newest checkpoint of {args.out} is not one of this run") from problem
-        if training.step > steps:
-            raise DataError(f"the newest checkpoint of {args.out} is of step {training.step}; this run ends at {steps}")
-        del checkpoint
-
+    take_up(args.out, training, steps)
     with processes.joined(args.device):
         if processes.mean(torch.tensor(float(training.step), device=args.device)) != training.step:
             raise DataError(f"the processes found different checkpoints: {args.out} must be one directory for all")
@@ -200,6 +192,7 @@ def about(args: argparse.Namespace, training: Training) -> dict[str, Any]:
     gpu = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else "cpu"
     return {
         "data_dir": str(args.data_dir),
+        "on_broken": args.on_broken,
         "units": [[unit.first, unit.last] for unit in training.model.plan.units],
         "versions": {
             "locallearn": locallearn.__version__,
@@ -212,7 +205,8 @@ def about(args: argparse.Namespace, training: Training) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return status_of(parser(), run, argv)
+    argv = sys.argv[1:] if argv is None else argv
+    return status_of(parser(), lambda args: run(args, argv), argv, RESUMES)
 
 
 if __name__ == "__main__":

@@ -154,6 +154,32 @@ def test_a_second_backward_through_one_call_is_refused() -> None:
         loss.backward()
 
 
+def test_a_graph_of_the_gradients_is_refused_where_it_is_asked_for() -> None:
+    model = wrap()
+    pair, weights = views(), list(model.parameters())
+    with pytest.raises(RuntimeError, match="create_graph=True asks for a graph of the gradients, and a local pass has"):
+        torch.autograd.grad(model(*pair), weights, create_graph=True)
+    loss = model(*pair)
+    with pytest.warns(UserWarning, match="reference cycle"), pytest.raises(RuntimeError, match="create_graph=True asks"):
+        loss.backward(create_graph=True)
+    with torch.enable_grad():
+        loss.backward()  # nothing was taken of it
+    assert_same(gradients(model), oracle(model, *pair)[1])
+
+
+def test_a_units_loss_may_differentiate_twice() -> None:
+    def gradient_penalty(one: Tensor, other: Tensor) -> Tensor:
+        similarity = (one * other).tanh().sum()
+        (gradient,) = torch.autograd.grad(similarity, one, create_graph=True)
+        return similarity + gradient.square().sum()
+
+    model = wrap(loss=gradient_penalty)
+    pair = views()
+    expected = oracle(model, *pair)[1]
+    model(*pair).backward()
+    assert_same(gradients(model), expected)
+
+
 # ---------------------------------------------------------------- freezing and dropping
 
 

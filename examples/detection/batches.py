@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import torch
 from inputs.images import DataError
+from inputs.loading import loaded
 from instances import InstanceSet, Photo, boxes_of, labels_of, masks_of
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 Targets = list[dict[str, Tensor]]
 TRIES = 10  # images in a row that may be broken
@@ -29,7 +30,7 @@ def training_batches(
     A step depends on its seed and its indices alone. In the place of an image that cannot be read comes the next one, and a
     line on stderr names it.
     """
-    for images, targets, broken in _loader(_Steps(photos), steps, workers, device):
+    for images, targets, broken in loaded(_Steps(photos), steps, workers, device):
         for problem in broken:
             print(f"warning: {problem}; another image is taken", file=sys.stderr)
         moved = [{name: value.to(device, non_blocking=True) for name, value in target.items()} for target in targets]
@@ -41,7 +42,7 @@ def images_to_detect(
 ) -> Iterator[tuple[Photo, Tensor | None]]:
     """Images `first`, `first + every`, ... in order, `(3, H, W)` in 0..1; `None` where the file cannot be read."""
     indices = range(first, len(found.photos), every)
-    for index, (pixels, problem) in zip(indices, _loader(_Files(found.photos), indices, workers, device), strict=True):
+    for index, (pixels, problem) in zip(indices, loaded(_Files(found.photos), indices, workers, device), strict=True):
         if problem:
             print(f"warning: {problem}; nothing is detected in it", file=sys.stderr)
         yield found.photos[index], None if problem else _floats(pixels, device)
@@ -89,14 +90,3 @@ class _Files(Dataset[tuple[Tensor, str]]):
 
 def _floats(image: Tensor, device: torch.device) -> Tensor:
     return image.to(device, non_blocking=True).float() / 255
-
-
-def _loader(source: Dataset, items: Sequence[object], workers: int, device: torch.device) -> DataLoader:
-    return DataLoader(
-        source,
-        batch_size=None,  # an item is a whole step, or an image
-        sampler=items,
-        num_workers=workers,
-        pin_memory=device.type == "cuda",
-        generator=torch.Generator(),  # otherwise the loader takes its workers' seeds from the caller's random numbers
-    )

@@ -62,7 +62,7 @@ def read_coco(
     if missing and not skip_missing:
         first = folder / entries[missing[0]]["file_name"]
         raise DataError(f"{len(missing)} images of {path.name} are missing, such as {first}")
-    listed = {entry["id"] for entry in contents["images"] if isinstance(entry, dict) and "id" in entry}
+    listed = {e["id"] for e in contents["images"] if isinstance(e, dict) and isinstance(e.get("id"), int | str)}
     for image in missing:
         problems.add(f"images missing in {folder}: {OUT}", entries.pop(image)["file_name"])
 
@@ -100,9 +100,19 @@ def _contents(path: Path) -> dict[str, list[Any]]:
     for category in contents["categories"]:
         if not isinstance(category, dict) or not {"id", "name"} <= category.keys():
             raise DataError(f"{path}: every category must have an id and a name; there is {category}")
+    check_ids([category["id"] for category in contents["categories"]], "categories", path)
     if len({category["id"] for category in contents["categories"]}) < len(contents["categories"]):
         raise DataError(f"{path}: two categories have the same id")
     return contents
+
+
+def check_ids(ids: list[Any], what: str, path: Path) -> None:
+    """Raises `DataError` for ids of which not all can be compared."""
+    if not ({type(each) for each in ids} <= {int} or {type(each) for each in ids} <= {str}):
+        first = next((each for each in ids if type(each) is not type(ids[0])), ids[0])
+        raise DataError(
+            f"{path}: the ids of {what} must all be whole numbers, or all be text; there are {ids[0]!r} and {first!r}"
+        )
 
 
 def _images(listed: list[Any], problems: Problems, path: Path) -> dict[int | str, dict[str, Any]]:
@@ -119,7 +129,8 @@ def _images(listed: list[Any], problems: Problems, path: Path) -> dict[int | str
 
 
 def _sized(entry: dict[str, Any]) -> bool:
-    return all(isinstance(entry[side], int) and entry[side] > 0 for side in ("height", "width"))
+    named = isinstance(entry["id"], int | str) and isinstance(entry["file_name"], str)
+    return named and all(isinstance(entry[side], int) and entry[side] > 0 for side in ("height", "width"))
 
 
 def _image_of(annotation: Any, listed: Collection[int | str]) -> int | str:
@@ -140,9 +151,12 @@ def _instance(annotation: dict[str, Any], entry: dict[str, Any], labels: dict[An
     pixels = float(coco_mask.area(mask))
     if not pixels:
         raise BrokenError("whose mask has no pixel in the image")
+    crowd = annotation.get("iscrowd") or 0
+    if crowd not in (0, 1, "0", "1"):
+        raise BrokenError("whose iscrowd is neither 0 nor 1")
     area = annotation.get("area")
     known = isinstance(area, int | float) and math.isfinite(area) and area > 0
-    return Instance(box, labels[category], mask, float(area) if known else pixels, bool(annotation.get("iscrowd", 0)))
+    return Instance(box, labels[category], mask, float(area) if known else pixels, bool(int(crowd)))
 
 
 def _box(box: Any, width: int, height: int) -> tuple[float, float, float, float]:
@@ -164,7 +178,7 @@ def _mask(segmentation: Any, height: int, width: int) -> Mask:
         return coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
     if not isinstance(segmentation, dict) or not {"size", "counts"} <= segmentation.keys():
         raise BrokenError("without a mask")
-    if list(segmentation["size"]) != [height, width]:
+    if segmentation["size"] != [height, width]:
         raise BrokenError("with a mask of another size than their image")
     try:
         counts = segmentation["counts"]

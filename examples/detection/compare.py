@@ -21,10 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train
 from backbones import ARCHITECTURES
-from command_line import Parser, at_least
+from command_line import Parser, at_least, status_of
 from inputs.images import DataError
 from pretraining.runs import read_settings
-from reading.readout import finish
 from reports import markdown, print_results, save_json
 
 OWN = ("--out", "--resume", "--seed", "--arch", "--weights", "--random")
@@ -89,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     cut = argv.index("--") if "--" in argv else len(argv)
     arguments = parser()
     arguments.set_defaults(rest=argv[cut + 1 :])
-    return finish(arguments, run, argv[:cut], "stopped; the same command goes on")
+    return status_of(arguments, run, argv[:cut], "stopped; the same command goes on")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from command_line import Parser, at_least, device, number_from, write
+from command_line import Parser, at_least, device, number_from, status_of, write
 from drawing.figure_style import INK, STYLE
 from inputs.images import DataError
 from instances import InstanceSet, Photo, boxes_of, labels_of, masks_of
@@ -26,7 +26,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from precision import detections
-from reading.readout import finish
 from saved import load_detector
 from sets import add_data_arguments, load_part
 from torch import Tensor
@@ -178,7 +177,7 @@ def parser() -> Parser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return finish(parser(), run, argv)
+    return status_of(parser(), run, argv)
 
 
 if __name__ == "__main__":

@@ -51,10 +51,7 @@ class Photo:
 
     def read(self) -> Tensor:
         """The pixels, uint8 `(3, H, W)`. Raises `DataError` for a file that is broken or of another size."""
-        try:
-            pixels = decoded(self.path, upright=False)  # as the annotations see them
-        except (SyntaxError, ValueError) as problem:  # what Pillow raises in the middle of some broken files
-            raise DataError(f"{self.path} is no image that can be read ({problem})") from problem
+        pixels = decoded(self.path, upright=False)  # as the annotations see them
         if pixels.shape[1:] != (self.height, self.width):
             found = f"{pixels.shape[2]} x {pixels.shape[1]}"
             raise DataError(f"{self.path} has {found} pixels, its annotations are for {self.width} x {self.height}")

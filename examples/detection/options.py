@@ -130,7 +130,8 @@ def start(args: argparse.Namespace) -> Encoder:
 
 
 def complete(args: argparse.Namespace, found: InstanceSet, processes: int) -> None:
-    """Fill in what follows from the schedule, and refuse what does not go together."""
+    """Fill in what follows from the schedule (`args.implied` names it), and refuse what does not go together."""
+    args.implied = [name for name in ("lr", "warm_up", "shorter", "longest") if getattr(args, name) is None] + ["drops"]
     schedule, count = SCHEDULES[args.schedule], len(trainable(found.photos))
     if args.batch_size > count:
         raise DataError(

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from batches import trainable
-from command_line import Parser, at_least, device, number_from
+from command_line import Parser, at_least, device, number_from, status_of
 from inputs.images import DataError
 from inputs.loading import normalised
 from instances import InstanceSet, Photo, masks_of
@@ -30,7 +30,6 @@ from options import start
 from pretraining.draws import Draws
 from pyramid import outlets_of
 from reading.encoders import Encoder, add_start_arguments
-from reading.readout import finish
 from reports import save_json
 from rich.box import SIMPLE_HEAVY
 from rich.console import Console
@@ -193,7 +192,7 @@ def parser() -> Parser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return finish(parser(), run, argv)
+    return status_of(parser(), run, argv)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from cityscapes import read_cityscapes
-from coco import parts, read_coco
+from coco import check_ids, parts, read_coco
 from command_line import Parser
 from inputs.images import DataError
 from instances import InstanceSet
@@ -52,6 +52,8 @@ def load_part(args: argparse.Namespace, part: Literal["train", "val"], tell: boo
 def read_split(path: Path) -> list[int | str]:
     """The ids in a list of splits.py."""
     try:
-        return list(json.loads(path.read_text())["images"])
+        ids = list(json.loads(path.read_text())["images"])
     except (OSError, ValueError, KeyError, TypeError) as problem:
         raise DataError(f"{path} is no list of splits.py") from problem
+    check_ids(ids, "images", path)
+    return ids

@@ -15,10 +15,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from coco import parts
-from command_line import Parser, at_least, write
+from coco import check_ids, parts
+from command_line import Parser, at_least, status_of, write
 from inputs.images import DataError
-from reading.readout import finish
 
 
 def subset(ids: list[int], size: int, seed: int) -> list[int]:
@@ -40,6 +39,7 @@ def run(args: argparse.Namespace) -> None:
         raise DataError(
             f"{path} is not written like COCO's: it must hold a list `images`, each with an id"
         ) from problem
+    check_ids(ids, "images", path)
     args.out.mkdir(parents=True, exist_ok=True)
     for size in args.sizes:
         for seed in range(args.seeds):
@@ -66,7 +66,7 @@ def parser() -> Parser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return finish(parser(), run, argv)
+    return status_of(parser(), run, argv)
 
 
 if __name__ == "__main__":

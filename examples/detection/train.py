@@ -39,27 +39,26 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from batches import Targets, trainable, training_batches
-from command_line import write
+from command_line import status_of, write
 from detector import LOSSES, Size, mask_rcnn
 from inputs.images import DataError
 from instances import InstanceSet
 from options import RESULTS_DEPEND_ON, complete, parser, start
 from precision import average_precision
 from pretraining.draws import DROPOUT, Draws, seed_of
-from pretraining.ending import status_of
 from pretraining.interrupt import interruptible
 from pretraining.processes import Processes
 from pretraining.progress import Progress
+from pretraining.run_options import RESUMES
 from pretraining.runs import (
-    UNREADABLE,
     commit,
     cut_log,
     is_finished,
-    newest_checkpoint,
     save_checkpoint,
+    take_up,
     write_settings,
 )
-from pretraining.training import AMP
+from pretraining.training import AMP, scaler_for
 from reading.encoders import Encoder
 from reports import print_results, save_json
 from sets import load_part
@@ -108,7 +107,7 @@ def new_training(args: argparse.Namespace, encoder: Encoder, classes: int) -> Tr
         return warm * 0.1 ** sum(step >= drop for drop in args.drops)
 
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    return Training(model, optimizer, scheduler, torch.amp.GradScaler(args.device.type, enabled=args.amp == "fp16"))
+    return Training(model, optimizer, scheduler, scaler_for(args.device, args.amp))
 
 
 def step(
@@ -183,17 +182,12 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
         raise DataError(f"{found.name} and {held_out.name} must have the same categories")
     complete(args, found, processes.size)
     settings = settings_of(args, processes, encoder, found)
-    if is_finished(args.out, settings, resume=bool(args.resume)):
+    if is_finished(args.out, settings, resume=bool(args.resume), implied=args.implied):
         if processes.leads:
             print(f"{args.out} is finished")
         return 0
     training = new_training(args, encoder, len(found.classes))
-    if (checkpoint := newest_checkpoint(args.out)) is not None:
-        try:
-            training.restore(checkpoint)
-        except UNREADABLE as problem:
-            raise DataError(f"the newest checkpoint of {args.out} is not one of this run") from problem
-
+    take_up(args.out, training, args.steps)
     with processes.joined(args.device):
         if processes.mean(torch.tensor(float(training.step), device=args.device)) != training.step:
             raise DataError(f"the processes found different checkpoints: {args.out} must be one directory for all")
@@ -246,7 +240,8 @@ def settings_of(args: argparse.Namespace, processes: Processes, encoder: Encoder
 
 
 def main(argv: list[str] | None = None) -> int:
-    return status_of(parser(), run, argv)
+    argv = sys.argv[1:] if argv is None else argv
+    return status_of(parser(), lambda args: run(args, argv), argv, RESUMES)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +11,8 @@ import numpy as np
 from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms import v2
+
+MOST_CLASSES = 10**6  # a label beyond is none: each class gets weights where a classifier is trained
 
 
 class DataError(Exception):
@@ -25,6 +28,7 @@ class Images:
     train_labels: Tensor
     test: Tensor
     test_labels: Tensor
+    remarks: tuple[str, ...] = ()  # on what was left out
 
     def __post_init__(self) -> None:
         for part, pixels, labels in (
@@ -37,6 +41,8 @@ class Images:
                 raise DataError(f"{self.name}: images must all have 1 channel or all 3; {part} has {pixels.shape[1]}")
             if labels.min() < 0:
                 raise DataError(f"{self.name}: {part} labels must count from 0; the least is {labels.min()}")
+            if labels.max() >= MOST_CLASSES:
+                raise DataError(f"{self.name}: {part} labels must count from 0; the largest is {labels.max()}")
 
     @property
     def channels(self) -> int:
@@ -70,6 +76,7 @@ class Folder:
     train_labels: Tensor
     test_paths: list[str]
     test_labels: Tensor
+    remarks: tuple[str, ...] = ()
     channels = 3
 
     @property
@@ -80,7 +87,7 @@ class Folder:
     def mark(self) -> str:
         """How many images there are to train on, and a checksum of their names, each with its folder's."""
         names = "\n".join("/".join(Path(path).parts[-2:]) for path in self.train_paths)
-        return f"{len(self.train_paths)} ({zlib.crc32(names.encode()):08x})"
+        return f"{len(self.train_paths)} ({zlib.crc32(os.fsencode(names)):08x})"
 
     def holding_out(self, indices: Tensor) -> Folder:
         """The same data set with only these of the images held out."""
@@ -98,8 +105,8 @@ def decoded(path: str | Path, *, upright: bool = True) -> Tensor:
         with Image.open(path) as image:
             turned = ImageOps.exif_transpose(image) if upright else image
             return v2.functional.pil_to_tensor(_eight_bits(turned).convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as problem:
-        reason = " ".join(str(problem).split())
+    except Exception as problem:  # Pillow lets through whatever its decoders stumble over
+        reason = " ".join(str(problem).split()) or type(problem).__name__
         raise DataError(f"{path} is no image that can be read ({reason})") from problem
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from torchvision import datasets
 from torchvision.transforms import v2
 
-from inputs.image_folders import image_folder, imagenet, imagenette, tiny_imagenet
+from inputs.image_folders import OnBroken, gathered, image_folder, imagenet, imagenette, tiny_imagenet
 from inputs.image_sets import DataError, Folder, Images
 
 # The digits' file is ordered by the person who wrote them; from this image on come the last four of its writers.
@@ -29,12 +30,21 @@ DOWNLOADABLE = (*TORCHVISION, "imagenette", "tiny-imagenet")
 NAMES = f"digits, {', '.join(DOWNLOADABLE)}, imagenet, imagefolder:PATH or npz:PATH"
 
 
-def load(name: str, directory: Path = Path("data"), download: bool = False, size: int | None = None) -> Images | Folder:
+def load(
+    name: str,
+    directory: Path = Path("data"),
+    download: bool = False,
+    size: int | None = None,
+    on_broken: OnBroken = "stop",
+    workers: int = 0,
+) -> Images | Folder:
     """Load the data set `name`, its images resized to `size` pixels a side.
 
     `size=None` leaves them as they are; of folders it makes 64 pixels, of imagenette 96, of imagenet 224. A path to a folder
     or to an .npz file may stand without its prefix. `directory` is where torchvision keeps its files. What would take more
-    than 2 GiB comes as a `Folder`, all else as `Images`. Raises `DataError` where there is nothing to load.
+    than 2 GiB comes as a `Folder`, all else as `Images`. With `on_broken="skip"` image files that cannot be read are left out,
+    which `.remarks` tell; those of a `Folder` are all read once to know them, by `workers` processes. Raises `DataError` where
+    there is nothing to load.
     """
     kind, path = _kind(name)
     if download and kind not in DOWNLOADABLE:
@@ -44,13 +54,13 @@ def load(name: str, directory: Path = Path("data"), download: bool = False, size
     if name in TORCHVISION:
         return _resized(_torchvision(name, directory, download), size)
     if name == "imagenette":
-        return imagenette(directory, download, size)
+        return gathered(imagenette(directory, download, size), on_broken, workers)
     if name == "tiny-imagenet":
-        return tiny_imagenet(directory, download, size)
+        return gathered(tiny_imagenet(directory, download, size), on_broken, workers)
     if name == "imagenet":
-        return imagenet(directory, size)
+        return gathered(imagenet(directory, size), on_broken, workers, in_files=True)
     if kind == "imagefolder" and path:
-        return image_folder(Path(path), size)
+        return gathered(image_folder(Path(path), size), on_broken, workers)
     if kind == "npz" and path:
         return _resized(_npz(Path(path)), size)
     raise DataError(f"unknown data set {name!r}: choose {NAMES}")
@@ -62,6 +72,13 @@ def with_labels(images: Images | Folder) -> Images | Folder:
         raise DataError(
             f"{images.name} has no labels, or one class only: say which labelled images to read out with --data"
         )
+    return images
+
+
+def tell(images: Images | Folder) -> Images | Folder:
+    """The images, after stderr has been told what was left out of them."""
+    for remark in images.remarks:
+        print(f"warning: {remark}", file=sys.stderr)
     return images
 
 
@@ -122,17 +139,20 @@ def _npz(path: Path) -> Images:
     """Arrays x_train, x_test (uint8, `(N, H, W, C)` or `(N, H, W)`) and y_train, y_test (integers from 0)."""
     names = ("x_train", "y_train", "x_test", "y_test")
     try:
-        with np.load(path) as file:
+        with path.open("rb") as opened, np.load(opened) as file:
             arrays = {name: file[name] for name in names if name in file}
-    except (OSError, ValueError, EOFError) as problem:
+    except Exception as problem:  # a damaged archive fails wherever it is read: in zipfile, in zlib, in numpy
         raise DataError(f"{path} cannot be read as an .npz file ({problem})") from problem
     if missing := [name for name in names if name not in arrays]:
         raise DataError(f"{path} must hold {', '.join(names)}; it lacks {', '.join(missing)}")
     for name in ("x_train", "x_test"):
-        if arrays[name].dtype != np.uint8 or arrays[name].ndim not in (3, 4):
+        if arrays[name].dtype != np.uint8 or arrays[name].ndim not in (3, 4) or 0 in arrays[name].shape[1:]:
             raise DataError(f"{path}: {name} must be uint8 (N, H, W, C), not {arrays[name].dtype} {arrays[name].shape}")
+    for name in ("y_train", "y_test"):
+        if arrays[name].dtype.kind not in "iub":
+            raise DataError(f"{path}: {name} must be whole numbers from 0, one per image, not {arrays[name].dtype}")
     x_train, x_test = (_pixels(arrays[name]) for name in ("x_train", "x_test"))
-    y_train, y_test = (torch.from_numpy(arrays[name]).long().flatten() for name in ("y_train", "y_test"))
+    y_train, y_test = (torch.from_numpy(arrays[name].astype(np.int64).ravel()) for name in ("y_train", "y_test"))
     return Images(path.stem, x_train, y_train, x_test, y_test)
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from inputs.image_sets import Folder, Images
+from inputs.image_sets import DataError, Folder, Images
 from inputs.simclr import SimCLRViews
 from inputs.views import Views
 
@@ -43,7 +43,7 @@ def view_batches(
         yield from _from_memory(images, steps, view, device, views)
         return
     finish = view.finish if augment_on == "device" and isinstance(view, SimCLRViews) else None
-    for seed, made, labels in _loader(_Steps(images, view, views, finish is None), steps, workers, device):
+    for seed, made, labels in loaded(_Steps(images, view, views, finish is None), steps, workers, device):
         on_device = [pixels.to(device, non_blocking=True) for pixels in made]
         with seeded(seed + ON_DEVICE, device):
             seen = on_device if finish is None else [finish(crops) for crops in on_device]
@@ -69,7 +69,7 @@ def plain_batches(
         source = images.train if part == "train" else images.test
         pixels = (source[batch] for batch in batches)
     else:
-        pixels = _loader(_Squares(images, part), batches, workers, device)
+        pixels = loaded(_Squares(images, part), batches, workers, device)
     for uint8, batch in zip(pixels, batches, strict=True):
         x = rgb(uint8.to(device, non_blocking=True).float() / 255)
         yield normalised(x, mean, std), labels[batch].to(device)
@@ -144,12 +144,30 @@ class _Squares(Dataset[Tensor]):
         return torch.stack([square(self.folder.read(self.part, index)) for index in indices.tolist()])
 
 
-def _loader(source: Dataset, batches: Sequence[object], workers: int, device: torch.device) -> DataLoader:
-    return DataLoader(
-        source,
+@dataclass(frozen=True)
+class _HandedOver(Dataset[object]):
+    """Hands over what is wrong with the data in an item's place: raised in a worker, it would come with that one's traceback."""
+
+    source: Dataset[object]
+
+    def __getitem__(self, item: object) -> object:
+        try:
+            return self.source[item]
+        except DataError as problem:
+            return problem
+
+
+def loaded(source: Dataset[object], items: Sequence[object], workers: int, device: torch.device) -> Iterator[Any]:
+    """`source[item]` for each of the items in order, made by `workers` processes. Raises `DataError` where it does."""
+    loader = DataLoader(
+        _HandedOver(source),
         batch_size=None,  # an item is a whole batch already
-        sampler=batches,
+        sampler=items,
         num_workers=workers,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # otherwise the loader takes its workers' seeds from the caller's random numbers
     )
+    for made in loader:
+        if isinstance(made, DataError):
+            raise made
+        yield made

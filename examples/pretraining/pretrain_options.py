@@ -42,6 +42,12 @@ def parser() -> Parser:
         help="where torchvision's data sets are (%(default)s)",
     )
     add("--download", action="store_true", help="download the data set to --data-dir if it is not there")
+    add(
+        "--on-broken",
+        choices=["stop", "skip"],
+        default="stop",
+        help="images in files that cannot be read: stop at one, or leave all out, which reads large sets once (%(default)s)",
+    )
     add("--image-size", type=at_least(4), metavar="PIXELS", help=f"resize images (as they are; digits: {DIGITS})")
     how_far = result.add_mutually_exclusive_group()
     how_far.add_argument("--method", choices=METHODS, help="how far each loss reaches (loco)")
@@ -83,7 +89,10 @@ def parser() -> Parser:
 
 
 def complete(args: argparse.Namespace, processes: Processes, images: Images) -> None:
-    """Fill in what follows from other arguments, and refuse what does not go together."""
+    """Fill in what follows from other arguments (`args.implied` names it), and refuse what does not go together."""
+    args.implied = [
+        name for name in ("overlap", "method", "lr", "weight_decay", "warm_up") if getattr(args, name) is None
+    ]
     count, parts = len(images.train_labels), processes.size * args.accumulate
     stages = ARCHITECTURES[args.arch].stages
     args.overlap = overlap_of(args.method or "loco", len(stages)) if args.overlap is None else args.overlap

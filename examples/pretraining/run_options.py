@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 from command_line import Parser, at_least, device, number_from
 
+RESUMES = "stopped; --resume auto goes on from the last checkpoint, if there is one"
+
 
 class Every(NamedTuple):
     """When a checkpoint is due: after so many steps, or so much time."""

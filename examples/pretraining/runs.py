@@ -7,13 +7,14 @@ import pickle
 import subprocess
 import sys
 import zipfile
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from backbones import ARCHITECTURES
-from command_line import write
+from command_line import read_lines, write
 from inputs.images import DataError
 from torch import Tensor, nn
 
@@ -116,10 +117,11 @@ def commit() -> str | None:
     return found.stdout.strip()
 
 
-def is_finished(directory: Path, settings: dict[str, Any], *, resume: bool) -> bool:
+def is_finished(directory: Path, settings: dict[str, Any], *, resume: bool, implied: Collection[str] = ()) -> bool:
     """Whether `directory` holds this run with its end; it is made where it is not there.
 
-    Raises `DataError` for another run, or one that was not to be resumed.
+    Raises `DataError` for another run, or one that was not to be resumed. Settings that are `implied` by others are told where
+    nothing else differs.
     """
     if not (directory / "run.json").exists():
         directory.mkdir(parents=True, exist_ok=True)
@@ -127,10 +129,10 @@ def is_finished(directory: Path, settings: dict[str, Any], *, resume: bool) -> b
     before = read_settings(directory)
     if not resume:
         raise DataError(f"{directory} holds a run already: go on with it by --resume auto, or choose another --out")
-    if changed := [
-        f"{name} {before.get(name)}, not {value}" for name, value in settings.items() if before.get(name) != value
-    ]:
-        raise DataError(f"{directory} holds a run with other settings: {'; '.join(changed)}")
+    changed = [name for name, value in settings.items() if before.get(name) != value]
+    if changed := [name for name in changed if name not in implied] or changed:
+        told = "; ".join(f"{name} {before.get(name)}, not {settings[name]}" for name in changed)
+        raise DataError(f"{directory} holds a run with other settings: {told}; take those, or choose another --out")
     return "seconds" in before
 
 
@@ -162,6 +164,19 @@ def newest_checkpoint(directory: Path) -> dict[str, Any] | None:
     if checkpoints(directory):
         raise DataError(f"every checkpoint in {directory} is damaged; delete them to start anew")
     return None
+
+
+def take_up(directory: Path, training: Any, steps: int) -> None:
+    """Restore the newest good checkpoint, if there is one, of a run that ends at `steps`. Raises `DataError` for another's."""
+    checkpoint = newest_checkpoint(directory)
+    if checkpoint is None:
+        return
+    try:
+        training.restore(checkpoint)
+    except UNREADABLE as problem:
+        raise DataError(f"the newest checkpoint of {directory} is not one of this run") from problem
+    if training.step > steps:
+        raise DataError(f"the newest checkpoint of {directory} is of step {training.step}; this run ends at {steps}")
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -197,11 +212,10 @@ def save_backbone(directory: Path, backbone: nn.Module, kind: str) -> Path:
 def read_log(directory: Path) -> list[dict[str, Any]]:
     """The lines of log.jsonl; one that a killed run left unfinished is not there."""
     path = directory / "log.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-    try:
-        return [json.loads(line) for line in lines if line.endswith("\n")]
-    except ValueError as problem:
-        raise DataError(f"{path} is damaged: a line of it is no JSON ({problem})") from problem
+    lines = read_lines(path) if path.is_file() else []
+    if any("step" not in line for line in lines):
+        raise DataError(f"{path} is damaged: a line of it has no step")
+    return lines
 
 
 def cut_log(directory: Path, step: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -93,8 +94,14 @@ def new_training(args: argparse.Namespace, image_size: int, steps: int) -> Train
     model.to(memory_format=torch.channels_last)
     trained = optimizer(args.optimizer, model, args.lr, args.weight_decay)
     scheduler = warm_up_and_cosine(trained, round(args.warm_up * steps / args.epochs), steps)
-    scaler = torch.amp.GradScaler(args.device.type, enabled=args.amp == "fp16")
-    return Training(model, trained, scheduler, scaler, Monitor(model, every=1))
+    return Training(model, trained, scheduler, scaler_for(args.device, args.amp), Monitor(model, every=1))
+
+
+def scaler_for(device: torch.device, amp: str) -> torch.amp.GradScaler:
+    """Scales losses in fp16, and nothing else."""
+    # a step that it skips, as fp16's first ones often are, is none of the optimiser's
+    warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step\\(\\)` before", category=UserWarning)
+    return torch.amp.GradScaler(device.type, enabled=amp == "fp16")
 
 
 def freeze_above(backbone: nn.Module, top: str, image_size: int) -> None:

@@ -12,7 +12,7 @@ import torch
 from backbones import ARCHITECTURES
 from command_line import Parser, at_least, device
 from inputs.image_sets import Folder, Images
-from inputs.images import NAMES, DataError, load, with_labels
+from inputs.images import NAMES, DataError, load, tell, with_labels
 from inputs.loading import plain_batches
 from pretraining import runs
 from torch import Tensor, nn
@@ -92,7 +92,9 @@ def chosen(args: argparse.Namespace) -> tuple[Encoder, Images | Folder]:
     encoder = encoder_of(args)
     name = args.data or encoder.settings.get("data", "digits")
     directory = args.data_dir or Path(encoder.settings.get("data_dir", "data"))
-    images = with_labels(load(name, directory, args.download, encoder.image_size))
+    on_broken = encoder.settings.get("on_broken", "stop")
+    images = load(name, directory, args.download, encoder.image_size, on_broken, args.workers)
+    with_labels(tell(images))
     encoder.backbone.to(args.device, memory_format=torch.channels_last).eval().requires_grad_(False)
     encoder.directory.mkdir(parents=True, exist_ok=True)
     return encoder, images

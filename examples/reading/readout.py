@@ -1,37 +1,18 @@
-"""What the read-outs share: how they run and end, the file that they write, the table that they print."""
+"""What the read-outs share: the file that they write, the table that they print."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from command_line import Parser, write
-from inputs.image_sets import DataError, Folder, Images
+from command_line import write
+from inputs.image_sets import Folder, Images
 from rich.box import SIMPLE_HEAVY
 from rich.console import Console
 from rich.table import Table
-
-
-def finish(
-    arguments: Parser, run: Callable[[argparse.Namespace], None], argv: list[str] | None, stopped: str = "stopped"
-) -> int:
-    """Run a script and return its exit status; what goes wrong is said in one line."""
-    args = arguments.parse_args(argv)
-    try:
-        run(args)
-    except DataError as problem:
-        arguments.error(str(problem))
-    except OSError as problem:
-        arguments.error(f"cannot read or write {problem.filename or args.out}: {problem.strerror or problem}")
-    except KeyboardInterrupt:
-        print(f"\n{stopped}", file=sys.stderr)
-        return 130
-    return 0
 
 
 def file_name(*parts: str) -> str:

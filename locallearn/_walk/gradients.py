@@ -122,8 +122,12 @@ class _Deliver(torch.autograd.Function):
         return total.clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "create_graph=True asks for a graph of the gradients, and a local pass has none: they were computed in the "
+                "forward, unit by unit, and their graphs freed. Leave it out; a loss of gradients belongs into a unit's own loss"
+            )
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError(

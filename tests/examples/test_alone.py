@@ -46,6 +46,16 @@ def test_an_example_to_copy_runs_alone(name: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_a_pipeline_without_torchrun_says_how_it_is_started(tmp_path: Path) -> None:
+    command = [sys.executable, str(EXAMPLES / "pipeline.py")]
+    environment = os.environ | {"PYTHONPATH": str(EXAMPLES.parent)}
+    done = subprocess.run(
+        command, check=False, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2
+    assert done.stderr == "error: torchrun starts it: torchrun --nproc-per-node 2 examples/pipeline.py\n"
+
+
 @pytest.mark.parametrize("name", ["quickstart.py", "wrap_your_own.py", "pipeline.py"])
 def test_help_does_not_train(name: str, tmp_path: Path) -> None:
     command = [sys.executable, str(EXAMPLES / name), "--help"]

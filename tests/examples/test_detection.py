@@ -37,6 +37,7 @@ from inputs.images import DataError
 from instances import InstanceSet, Photo, boxes_of, labels_of, masks_of
 from PIL import Image
 from pretraining.processes import Processes
+from pretraining.runs import checkpoints, read_settings, save_checkpoint, write_settings
 from reading.encoders import Encoder
 from saved import load_detector
 from torch import Tensor, nn
@@ -501,6 +502,13 @@ def test_a_run_that_was_interrupted_ends_with_the_same_bits(
     assert logs[0] == logs[1]
     results = [json.loads((out / "results.json").read_text()) for out in (whole, broken)]
     assert results[0]["box"] == results[1]["box"]
+
+    save_checkpoint(broken, 99, torch.load(checkpoints(broken)[0], weights_only=True) | {"step": 99})
+    write_settings(broken, {name: value for name, value in read_settings(broken).items() if name != "seconds"})
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        train.main(RANDOM + arguments(coco, broken, *more, "--resume", "auto"))
+    assert re.search(r"the newest checkpoint of .*broken is of step 99; this run ends at \d+$", capsys.readouterr().err)
 
 
 def test_half_precision_trains(coco: Path) -> None:

@@ -104,6 +104,9 @@ BROKEN = [
     ({"segmentation": [[1, 2, 3, 4]]}, "with a polygon of fewer than three points"),
     ({"segmentation": [[1, 2, 3, 4, "5", 6]]}, "with a polygon of fewer than three points"),
     ({"segmentation": [[300, 300, 310, 300, 310, 310]]}, "whose mask has no pixel in the image"),
+    ({"iscrowd": "no"}, "whose iscrowd is neither 0 nor 1"),
+    ({"iscrowd": [0]}, "whose iscrowd is neither 0 nor 1"),
+    ({"segmentation": {"size": 5, "counts": [20, 5]}}, "with a mask of another size than their image"),
     ({"segmentation": {"size": [5, 5], "counts": [20, 5]}}, "with a mask of another size than their image"),
     ({"segmentation": {"size": [64, 80], "counts": [20, 5]}}, "with a mask whose run lengths do not fill the image"),
     ({"segmentation": {"size": [64, 80], "counts": "zzzz"}}, "with a mask whose run lengths do not fill the image"),
@@ -163,6 +166,14 @@ def test_images_with_nothing_but_crowds_are_not_trained_on(made: Path) -> None:
         ),
         (lambda c: c["images"].append(c["images"][0]), "two images have the id 100"),
         (lambda c: c["categories"].append(c["categories"][0]), "two categories have the same id"),
+        (
+            lambda c: c["categories"].append({"id": "5", "name": "more"}),
+            "ids of categories must all be whole numbers, or all be text; there are 3 and '5'",
+        ),
+        (
+            lambda c: c["categories"].append({"id": [5], "name": "more"}),
+            r"ids of categories must all be whole numbers, or all be text; there are 3 and \[5\]",
+        ),
         (lambda c: c["categories"].append({"id": 5}), "every category must have an id and a name"),
         (lambda c: c["annotations"].clear(), "no image of .* is left that has an instance"),
     ],
@@ -172,6 +183,19 @@ def test_a_file_that_says_nothing_sure_is_refused(
 ) -> None:
     with pytest.raises(DataError, match=message):
         read_coco(*changed(made, change))
+
+
+@pytest.mark.parametrize(("said", "crowd"), [("0", False), ("1", True), (None, False), (True, True)])
+def test_a_crowd_is_what_says_so_in_whatever_type(made: Path, said: object, crowd: bool) -> None:
+    found = read_coco(*changed(made, lambda contents: contents["annotations"][0].update(iscrowd=said)))
+    assert found.photos[0].instances[0].crowd == crowd
+
+
+@pytest.mark.parametrize("change", [{"id": [7]}, {"file_name": None}, {"file_name": 7}, {"height": "64"}])
+def test_images_whose_entries_are_of_other_types_are_left_out(made: Path, change: dict[str, Any]) -> None:
+    found = read_coco(*changed(made, lambda contents: contents["images"][1].update(change)))
+    assert found.problems.counts["images listed without file_name, height, id, width: left out"] == 1
+    assert len(found.photos) == 5
 
 
 def test_images_listed_by_halves_are_left_out(made: Path) -> None:
@@ -248,6 +272,16 @@ def test_splits_follow_from_their_seed_alone_and_the_smaller_is_part_of_the_larg
         assert small < large
     only = first["COCO-4-seed0"]
     assert [photo.id for photo in read_coco(*parts(made)["train"], only).photos] == only
+
+
+def test_a_split_of_ids_of_several_types_is_one_line(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changed(made, lambda contents: contents["images"][1].update(id="101"))
+    with pytest.raises(SystemExit):
+        splits.main(["--data", str(made), "--sizes", "2", "--out", str(tmp_path)])
+    line = "the ids of images must all be whole numbers, or all be text; there are 100 and '101'"
+    assert capsys.readouterr().err.endswith(f"{line}\n")
 
 
 def test_the_papers_splits_have_its_names() -> None:

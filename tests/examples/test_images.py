@@ -362,6 +362,124 @@ def test_damaged_images_are_one_line_with_their_name(tmp_path: Path) -> None:
             image_folders.decoded(tmp_path / name)
 
 
+# ------------------------------------------------------------------------------- what of a folder is taken and what is not
+
+
+def ten_of_which_two_are_broken(folder: Path) -> Path:
+    write_pngs(folder, 10, 10)
+    for name in ("3.png", "9.png"):  # the second is held out
+        (folder / name).write_bytes((folder / name).read_bytes()[:50])
+    return folder
+
+
+def test_broken_images_are_left_out_where_that_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    photos = ten_of_which_two_are_broken(tmp_path / "photos")
+    assert re.fullmatch(r".*3\.png is no image that can be read \(.*\)", refusal(str(photos), size=16))
+    in_memory = images.load(str(photos), size=16, on_broken="skip")
+    remark = "2 of 10 images of photos cannot be read and are left out (3.png, 9.png)"
+    assert in_memory.remarks == (remark,)
+    assert (in_memory.train.shape, in_memory.test.shape) == ((7, 3, 16, 16), (1, 3, 16, 16))
+    assert in_memory.train.unique().tolist() == [10]  # no pixel of what was not read
+    assert (len(in_memory.train_labels), len(in_memory.test_labels)) == (7, 1)
+    monkeypatch.setattr(image_folders, "MEMORY", 0)
+    for workers in (0, 2):
+        in_files = images.load(str(photos), size=16, on_broken="skip", workers=workers)
+        assert [Path(path).name for path in in_files.train_paths] == [f"{k}.png" for k in (0, 1, 2, 5, 6, 7, 8)]
+        assert [Path(path).name for path in in_files.test_paths] == ["4.png"]
+        assert in_files.remarks == (remark,)
+    assert images.load(str(photos), size=16).remarks == ()  # nothing is read before it is needed
+
+
+def test_a_folder_of_which_nothing_can_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i in range(5):
+        (tmp_path / f"{i}.png").touch()
+    for limit in (image_folders.MEMORY, 0):
+        monkeypatch.setattr(image_folders, "MEMORY", limit)
+        assert re.fullmatch(
+            r".*: none of the train images can be read, such as .*0\.png", refusal(str(tmp_path), on_broken="skip")
+        )
+
+
+def test_what_was_left_out_is_told_and_belongs_to_what_a_run_depends_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = ten_of_which_two_are_broken(tmp_path / "photos")
+    args = ["--data", str(photos), "--image-size", "16", "--batch-size", "4", "--epochs", "1", "--device", "cpu"]
+    args += ["--out", str(tmp_path / "run"), "--on-broken", "skip"]
+    assert pretrain.main(args) == 0
+    assert "warning: 2 of 10 images of photos cannot be read and are left out" in capsys.readouterr().err
+    assert pretrain.main([*args, "--resume", "auto"]) == 0  # finished, with the same images
+    capsys.readouterr()
+    Image.new("RGB", (20, 30)).save(photos / "3.png")
+    with pytest.raises(SystemExit):
+        pretrain.main([*args, "--resume", "auto"])
+    assert re.search(r"holds a run with other settings: train_images 7 \(.*\), not 8 \(", capsys.readouterr().err)
+
+
+def test_hidden_files_are_no_images_and_hidden_folders_no_classes(tmp_path: Path) -> None:
+    write_pngs(tmp_path / "photos", 10, 10)
+    write_pngs(tmp_path / "photos/.thumbnails", 3, 10)
+    write_pngs(tmp_path / "photos/__MACOSX", 3, 10)
+    (tmp_path / "photos/._0.png").write_bytes(b"a resource fork")
+    (tmp_path / "photos/notes").mkdir()
+    loaded = images.load(str(tmp_path / "photos"), size=8)
+    assert (len(loaded.train) + len(loaded.test), loaded.classes, loaded.remarks) == (10, 1, ())
+
+
+def test_images_beside_the_classes_are_left_out_and_told(tmp_path: Path) -> None:
+    write_pngs(tmp_path / "photos/dark", 5, 10)
+    write_pngs(tmp_path / "photos/light", 5, 200)
+    for i in range(4):
+        Image.new("RGB", (9, 9)).save(tmp_path / f"photos/beside{i}.png")
+    (remark,) = images.load(str(tmp_path / "photos"), size=8).remarks
+    assert re.fullmatch(
+        r"4 images lie beside the folders of .*photos, which are its classes, and are left out \(beside0\.png, "
+        r"beside1\.png, beside2\.png, \.\.\.\): move them into one, or all images into one folder",
+        remark,
+    )
+
+
+def test_no_image_comes_twice_where_links_lead_in_circles(tmp_path: Path) -> None:
+    write_pngs(tmp_path / "photos/dark", 5, 10)
+    write_pngs(tmp_path / "elsewhere", 5, 200)
+    (tmp_path / "photos/dark/again").symlink_to(tmp_path / "photos")
+    (tmp_path / "photos/linked").symlink_to(tmp_path / "elsewhere")
+    loaded = images.load(str(tmp_path / "photos"), size=8)
+    assert torch.cat([loaded.train_labels, loaded.test_labels]).bincount().tolist() == [10, 5]
+
+
+def test_train_and_val_may_hold_images_without_classes(tmp_path: Path) -> None:
+    write_pngs(tmp_path / "photos/train", 4, 10)
+    write_pngs(tmp_path / "photos/val", 1, 200)
+    loaded = images.load(str(tmp_path / "photos"), size=8)
+    assert (len(loaded.train), len(loaded.test), loaded.classes) == (4, 1, 1)
+
+
+def test_a_folder_named_by_a_dot_has_its_own_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_pngs(tmp_path / "photos/within", 5, 10)
+    monkeypatch.chdir(tmp_path / "photos/within")
+    assert images.load("imagefolder:.", size=8).name == "within"
+    assert images.load("imagefolder:..", size=8).name == "photos"
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (["a.gif", "below/b.gif"], r".* holds no images, nor do its folders: none ends with \.jpg, .*"),
+        (["0.png", "1.png", "2.png", "3.png"], r".* has 4 images, too few to train on four fifths of them .*"),
+        (
+            ["dark/0.png", "light/notes.txt"],
+            r".*: every folder is a class, and there are no images in light: move it away",
+        ),
+    ],
+)
+def test_folders_that_cannot_be_taken_are_one_line(made: list[str], message: str, tmp_path: Path) -> None:
+    for name in made:
+        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "photos" / name).touch()
+    assert re.fullmatch(message, refusal(str(tmp_path / "photos")))
+
+
 def test_what_is_missing_or_laid_out_otherwise_is_one_line(tmp_path: Path) -> None:
     assert re.fullmatch(
         r"imagenette is not in .* \(no imagenette2-160\); add --download.*", refusal("imagenette", tmp_path)
@@ -399,7 +517,40 @@ def test_arrays_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     assert "4 train images and 3 labels" in refused(x_train=x, y_train=y[:3], x_test=x, y_test=y)
     assert "0 test images" in refused(x_train=x, y_train=y, x_test=x[:0], y_test=y[:0])
     assert "count from 0; the least is -1" in refused(x_train=x, y_train=y - 1, x_test=x, y_test=y)
+    assert "must count from 0; the largest is 1000000001" in refused(x_train=x, y_train=y + 10**9, x_test=x, y_test=y)
+    names = np.array(["cat", "dog", "cat", "dog"])
+    assert "y_train must be whole numbers from 0, one per image, not <U3" in refused(
+        x_train=x, y_train=names, x_test=x, y_test=y
+    )
+    assert "y_test must be whole numbers from 0, one per image, not float64" in refused(
+        x_train=x, y_train=y, x_test=x, y_test=y / 2
+    )
+    assert "x_test must be uint8 (N, H, W, C), not uint8 (4, 0, 8)" in refused(
+        x_train=x, y_train=y, x_test=x[:, :0], y_test=y
+    )
     assert "test has 3" in refused(x_train=x, y_train=y, x_test=pixels(4, 8, 8, 3), y_test=y)
+
+
+@pytest.mark.parametrize("dtype", [">i4", ">u2", "bool"])
+def test_labels_may_be_whole_numbers_of_any_kind(dtype: str, tmp_path: Path) -> None:
+    x, y = pixels(4, 8, 8), np.array([0, 1, 0, 1], dtype=dtype)
+    np.savez(tmp_path / "a.npz", x_train=x, y_train=y, x_test=x, y_test=y[:, None])
+    loaded = images.load(str(tmp_path / "a.npz"))
+    assert loaded.train_labels.tolist() == loaded.test_labels.tolist() == [0, 1, 0, 1]
+
+
+def test_an_archive_that_is_damaged_or_none_is_one_line(tmp_path: Path) -> None:
+    x, y = pixels(4, 8, 8), np.array([0, 1, 0, 1])
+    np.savez(tmp_path / "a.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    whole = (tmp_path / "a.npz").read_bytes()
+    np.save(tmp_path / "b.npy", x)
+    for contents in (
+        whole[: len(whole) // 2],
+        whole[:200] + bytes(200) + whole[400:],
+        (tmp_path / "b.npy").read_bytes(),
+    ):
+        (tmp_path / "a.npz").write_bytes(contents)
+        assert "a.npz cannot be read as an .npz file (" in refusal(str(tmp_path / "a.npz"))
 
 
 def test_a_damaged_file_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -158,3 +158,13 @@ def test_a_file_that_is_no_image_is_named(in_files: Folder) -> None:
     Path(in_files.test_paths[1]).write_text("no image")
     with pytest.raises(DataError, match=r"7.png is no image that can be read"):
         list(loading.plain_batches(in_files, "test", 3, CPU))
+
+
+def test_of_what_is_wrong_in_a_worker_nothing_but_the_line_comes_back(in_files: Folder) -> None:
+    Path(in_files.test_paths[1]).write_text("no image")
+    messages = []
+    for workers in (0, 2):
+        with pytest.raises(DataError) as refused:
+            list(loading.plain_batches(in_files, "test", 3, CPU, workers=workers))
+        messages.append(str(refused.value))
+    assert messages[0] == messages[1]

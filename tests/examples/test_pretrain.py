@@ -606,8 +606,15 @@ def test_a_run_is_neither_overwritten_nor_resumed_with_other_settings(
     capsys.readouterr()
     line = error_of(arguments(data, out, "--epochs", "1"), capsys)
     assert line == f"{out} holds a run already: go on with it by --resume auto, or choose another --out"
+    refused = f"{out} holds a run with other settings: {{}}; take those, or choose another --out"
     line = error_of(arguments(data, out, "--seed", "4", "--epochs", "1", "--resume", "auto"), capsys)
-    assert line == f"{out} holds a run with other settings: seed 0, not 4"
+    assert line == refused.format("seed 0, not 4")
+    line = error_of(arguments(data, out, "--epochs", "2", "--resume", "auto"), capsys)  # the warm-up follows
+    assert line == refused.format("epochs 1, not 2")
+    line = error_of(arguments(data, out, "--epochs", "2", "--warm-up", "1", "--resume", "auto"), capsys)
+    assert line == refused.format("warm_up 0.1, not 1.0; epochs 1, not 2")
+    line = error_of(arguments(data, out, "--epochs", "1", "--method", "gim", "--resume", "auto"), capsys)
+    assert line == refused.format("method loco, not gim")
 
 
 def test_a_checkpoint_of_another_architecture_is_one_line(

@@ -114,6 +114,26 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
         runs.newest_checkpoint(tmp_path)
 
 
+def test_a_checkpoint_is_taken_up_unless_it_is_another_runs(tmp_path: Path) -> None:
+    class Training:
+        step = 0
+
+        def restore(self, state: dict[str, Any]) -> None:
+            self.step = state["step"]
+
+    training = Training()
+    runs.take_up(tmp_path, training, steps=5)
+    assert training.step == 0  # there is none
+    runs.save_checkpoint(tmp_path, 5, {"step": 5})
+    runs.take_up(tmp_path, training, steps=5)
+    assert training.step == 5
+    with pytest.raises(images.DataError, match=r"newest checkpoint of .* is of step 5; this run ends at 4"):
+        runs.take_up(tmp_path, training, steps=4)
+    runs.save_checkpoint(tmp_path, 6, {"epoch": 1})
+    with pytest.raises(images.DataError, match=r"newest checkpoint of .* is not one of this run"):
+        runs.take_up(tmp_path, training, steps=9)
+
+
 def test_a_checkpoint_that_was_being_written_is_none(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-00000007.pt.unfinished").write_bytes(b"half of")
     assert runs.newest_checkpoint(tmp_path) is None
@@ -149,9 +169,10 @@ def test_the_log_is_cut_after_a_step_and_loses_what_was_half_written(tmp_path: P
 
 
 def test_a_damaged_line_of_the_log_is_told_with_its_file(tmp_path: Path) -> None:
-    (tmp_path / "log.jsonl").write_text('{"step": 1}\ngarbage\n{"step": 2}\n')
-    with pytest.raises(images.DataError, match=r"log\.jsonl is damaged: a line of it is no JSON"):
-        runs.read_log(tmp_path)
+    for line, what in (("garbage", "is no JSON"), ("[1, 2]", r"says \[1, 2\]"), ('{"lr": 1}', "has no step")):
+        (tmp_path / "log.jsonl").write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n')
+        with pytest.raises(images.DataError, match=rf"log\.jsonl is damaged: a line of it {what}"):
+            runs.read_log(tmp_path)
 
 
 def test_a_full_disk_is_told_with_its_file_and_leaves_nothing_half_written(tmp_path: Path) -> None:

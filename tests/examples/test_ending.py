@@ -1,0 +1,162 @@
+"""One place decides how a script ends: what can be foreseen is one line and a status, and no script goes round it."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("sklearn", reason="the examples need the extra `examples`")
+pytest.importorskip("matplotlib")
+pytest.importorskip("tqdm")
+
+from command_line import Parser, at_least, status_of
+from inputs.image_sets import DataError
+
+from locallearn.diagnosis import DivergedError
+
+TOO_LARGE = 2**55  # numbers
+
+
+def allocate_too_much() -> None:
+    torch.empty(TOO_LARGE, dtype=torch.uint8)
+
+
+def raises(problem: BaseException) -> Callable[[], None]:
+    def step() -> None:
+        raise problem
+
+    return step
+
+
+def ended(step: Callable[[], object], capsys: pytest.CaptureFixture[str]) -> tuple[object, str]:
+    """The status, and what stands on stderr."""
+    arguments = Parser()
+    arguments.add_argument("--batch-size", type=at_least(1), default=8)
+    arguments.add_argument("--out", type=Path, default=Path("runs"))
+    try:
+        status: object = status_of(arguments, lambda args: step(), [], "stopped; go on")
+    except SystemExit as stopped:
+        status = stopped.code
+    return status, capsys.readouterr().err
+
+
+CUDA = (
+    "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.10 GiB of which 1.00 GiB is free. "
+    "See documentation for Memory Management"
+)
+
+
+@pytest.mark.parametrize(
+    ("step", "line"),
+    [
+        (raises(DataError("there is no photos")), "there is no photos"),
+        (raises(DivergedError("the losses\nare not finite")), "the losses are not finite"),
+        (lambda: Path("nowhere/file").read_text(), "cannot read or write nowhere/file: No such file or directory"),
+        (raises(OSError(errno.ENOSPC, "No space left")), "cannot read or write runs: No space left"),
+        (raises(ModuleNotFoundError("no", name="timm")), "this needs the package timm, which is not installed"),
+        (allocate_too_much, f"there is not enough memory for {TOO_LARGE} bytes more: lower --batch-size"),
+        (raises(MemoryError()), "there is not enough memory: lower --batch-size"),
+        (raises(torch.cuda.OutOfMemoryError(CUDA)), "there is not enough memory for 2.50 GiB more: lower --batch-size"),
+        (
+            raises(RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")),
+            "a process that reads images has died (DataLoader worker (pid 7) is killed by signal: Killed.): take fewer --workers",
+        ),
+    ],
+)
+def test_what_can_be_foreseen_is_one_line_and_status_2(
+    step: Callable[[], object], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ended(step, capsys) == (2, f"error: {line}\n")
+
+
+def test_an_end_without_trouble_is_0_or_what_the_script_says(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ended(lambda: None, capsys) == (0, "")
+    assert ended(lambda: 130, capsys) == (130, "")
+
+
+def test_an_interrupt_is_one_line_and_status_130(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ended(raises(KeyboardInterrupt()), capsys) == (130, "\nstopped; go on\n")
+
+
+def test_of_several_processes_the_first_says_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert ended(raises(DataError("there is no photos")), capsys) == (2, "")
+
+
+def test_a_mistake_of_the_scripts_own_keeps_its_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        ended(lambda: torch.ones(2, 3) @ torch.ones(2, 3), capsys)
+
+
+FIRST_STEPS = {  # of each script: what its work begins with, and arguments with which it comes so far
+    "pretrain": ("load", ""),
+    "linear_eval": ("chosen", "run"),
+    "knn_eval": ("chosen", "run"),
+    "few_labels": ("load", "RUN"),
+    "figures": ("read_json", "losses run"),
+    "overlap_curve": ("load", ""),
+    "memory": ("count", ""),
+    "diagnose": ("load", "--out OUT"),
+    "decoder_depth": ("ablation.run_row", "--out OUT"),
+    "sharing": ("ablation.run_row", "--out OUT"),
+    "detection.train": ("start", ""),
+    "detection.segment": ("start", ""),
+    "detection.draw": ("load_detector", "run"),
+    "detection.splits": ("parts", "--data here"),
+    "detection.compare": ("train.main", "random --out OUT"),
+}
+STANDING_ALONE = {"quickstart", "wrap_your_own", "pipeline"}  # to be copied, and so with an end of their own
+
+
+@pytest.mark.parametrize("script", FIRST_STEPS)
+def test_every_script_ends_by_the_same_lines(
+    script: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if script.startswith("detection."):
+        pytest.importorskip("faster_coco_eval")
+        pytest.importorskip("torchmetrics")
+    (tmp_path / "run.json").write_text(
+        '{"arch": "resnet18", "image_size": 32, "mean": [], "std": [], "data": "digits"}'
+    )
+    module = importlib.import_module(script.removeprefix("detection."))
+    step, given = FIRST_STEPS[script]
+    argv = [str(tmp_path) if word in ("RUN", "OUT") else word for word in given.split()]
+
+    def fails_with(problem: BaseException) -> tuple[object, str]:
+        *owner, name = step.split(".")
+        monkeypatch.setattr(getattr(module, owner[0]) if owner else module, name, lambda *a, **k: raises(problem)())
+        try:
+            status: object = module.main(argv)
+        except SystemExit as stopped:
+            status = stopped.code
+        return status, capsys.readouterr().err
+
+    status, said = fails_with(DataError("it is broken"))
+    assert (status, said.splitlines()[-1]) == (2, "error: it is broken")
+    status, said = fails_with(KeyboardInterrupt())
+    assert (status, said.splitlines()[-1].split(";")[0]) == (130, "stopped")
+
+
+def test_no_script_is_left_out() -> None:
+    folder = Path(__file__).parents[2] / "examples"
+    scripts = {path for place in ("", "detection") for path in (folder / place).glob("*.py")}
+    found = {path for path in scripts if "def main(" in path.read_text() or "main = " in path.read_text()}
+    names = {".".join(path.relative_to(folder).with_suffix("").parts) for path in found}
+    assert names - STANDING_ALONE - {"ablation"} == FIRST_STEPS.keys()
+
+
+@pytest.mark.parametrize("name", ["meta", "abacus", "cuda:99", "vulkan", "xla", "cpu:x"])
+def test_a_device_that_does_not_compute_is_refused(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from pretraining.pretrain_options import parser
+
+    with pytest.raises(SystemExit) as stopped:
+        parser().parse_args(["--device", name])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == f"error: argument --device: {name!r} is no device of this machine\n"
