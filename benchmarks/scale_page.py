@@ -29,6 +29,14 @@ PAPER = {  # per cent of the FLOPs in each stage, by Table 6 of the LoCo paper
 }
 
 
+SUMMARY = {  # how rows of a chain begin, and what docs/scaling.md calls them
+    "LoCo, exact": "LoCo, exact",
+    "LoCo, eager": "LoCo, eager",
+    "Greedy InfoMax, pipeline": "Greedy InfoMax",
+    "end to end, GPipe": "end to end, GPipe of `torch.distributed.pipelining`, the better of 4 and 8 micro-batches",
+    "end to end, 1F1B": "end to end, its 1F1B, the same",
+    "end to end, DistributedDataParallel": "end to end, DistributedDataParallel",
+}
 COLUMNS = ["ms a batch", "quartiles", "speed-up", "of the ceiling", "by replay", "peak MB, by rank", "MB sent, by rank"]
 HEAD = """# Two processes
 
@@ -107,6 +115,23 @@ def _one_decoder(costs: Sequence[Costs]) -> list[Costs]:
 
 def _end_to_end_seconds(costs: Sequence[Costs]) -> float:
     return sum(cost.forward + cost.push for cost in costs) + costs[-1].decoder
+
+
+def summary(record: dict[str, Any]) -> str:
+    """The table of docs/scaling.md: of each way the speed-up, and of torch's pipelines the better number of micro-batches."""
+    chains = record["chains"]
+    headers = [
+        f"{c['setting']['width']} channels of {c['setting']['pixels']} x {c['setting']['pixels']}" for c in chains
+    ]
+    lines = [f"| | {' | of the ceiling | '.join(headers)} | of the ceiling |", "|---|" + "--:|--:|" * len(chains)]
+    for way, name in SUMMARY.items():
+        cells = []
+        for chain in chains:
+            fast = speedups(chain)
+            best = max(speed for row, speed in fast.items() if row.startswith(way))
+            cells += [f"{best:.2f}", f"{best / fast[CEILING]:.0%}"]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def text(record: dict[str, Any]) -> str:
@@ -251,10 +276,11 @@ def pictures(record: dict[str, Any], folder: Path) -> None:
 
 
 def timeline(found: dict[str, Sequence[Span]], path: Path) -> None:
-    """One panel for each schedule: a bar for each operation, a rank in each row; what is white, waits."""
+    """One panel for each schedule, on one axis of time: a bar for each operation, a rank in each row; white is waiting."""
+    shown = 0.75 * min(max(span.end for span in spans) for spans in found.values())
     with rc_context(STYLE):
         figure = Figure(figsize=(10, 1.5 * len(found)), layout="constrained", facecolor="white")
-        panels = figure.subplots(len(found), 1, squeeze=False)[:, 0]
+        panels = figure.subplots(len(found), 1, squeeze=False, sharex=True)[:, 0]
         for panel, (name, spans) in zip(panels, found.items(), strict=True):
             for kind, colour in KINDS.items():
                 bars = [span for span in spans if span.kind == kind]
@@ -267,10 +293,10 @@ def timeline(found: dict[str, Sequence[Span]], path: Path) -> None:
                     linewidth=0.4,
                     label=kind,
                 )
-            panel.set(title=name, ylabel="rank", xlim=(0, max(span.end for span in spans) * 0.75))
+            panel.set(title=name, ylabel="rank", xlim=(0, shown))
             panel.invert_yaxis()
             panel.set_yticks(sorted({span.rank for span in spans}))
             quiet(panel, "x")
-        panels[0].legend(ncols=len(KINDS), loc="upper right", fontsize=8)
+        figure.legend(*panels[0].get_legend_handles_labels(), ncols=len(KINDS), loc="outside upper right", fontsize=8)
         panels[-1].set_xlabel("time, in forwards of a stage")
         figure.savefig(path, format="png", dpi=130)

@@ -42,18 +42,18 @@ class Block(nn.Module):
         return (x + self.main(x)).relu()
 
 
-def build(stages: int, width: int) -> LocalWrapper:
+def build(stages: int, width: int, seed: int) -> LocalWrapper:
     """The whole model, alike on every rank; a stage is two blocks, the first one with the stem."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     parts = [nn.Sequential(Block(width), Block(width)) for _ in range(stages)]
     parts[0].insert(0, nn.Conv2d(1, width, 3, padding=1))
     decoder = lambda channels: ConvMLPDecoder(channels, out_features=64)  # noqa: E731
     return LocalWrapper(nn.Sequential(*parts), list(range(stages)), decoder=decoder, example=torch.rand(2, 1, 8, 8))
 
 
-def two_views(images: Tensor, batch: int, step: int) -> list[Tensor]:
-    """A batch that depends on the step alone: each view moved by up to a pixel, with noise."""
-    generator = torch.Generator().manual_seed(step)
+def two_views(images: Tensor, batch: int, step: int, seed: int) -> list[Tensor]:
+    """A batch that depends on step and seed alone: each view moved by up to a pixel, with noise."""
+    generator = torch.Generator().manual_seed(1_000_000 * seed + step)
     chosen = images[torch.randperm(len(images), generator=generator)[:batch]]
     views = []
     for _ in range(2):
@@ -78,6 +78,8 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=32, help="channels (default 32)")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--mode", choices=["exact", "eager"], default="exact", help="eager waits for no gradient")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--every", type=int, default=50, help="steps between checkpoints (default 50)")
     parser.add_argument("--folder", type=Path, default=Path("runs/pipeline"))
     parser.add_argument("--timeout", type=float, default=300, help="seconds that a rank waits for another one")
@@ -94,12 +96,13 @@ def main() -> None:
     images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
     labels, known = torch.tensor(digits.target), 1500
 
-    model = build(args.stages * ranks, args.width).to(device)
+    model = build(args.stages * ranks, args.width, args.seed).to(device)
     pipe = Pipeline(
         model,
         [args.stages] * ranks,
         lambda weights: torch.optim.AdamW(weights, lr=1e-3),
         example=torch.rand(2, 1, 8, 8, device=device),
+        mode=args.mode,
         timeout=timedelta(seconds=args.timeout),
     )
 
@@ -112,7 +115,9 @@ def main() -> None:
 
     progress = tqdm(range(done, args.steps), initial=done, total=args.steps, disable=rank > 0)
     for step in progress:
-        views = [view.to(device) for view in two_views(images[:known], args.batch, step)] if rank == 0 else []
+        views = (
+            [view.to(device) for view in two_views(images[:known], args.batch, step, args.seed)] if rank == 0 else []
+        )
         losses = pipe.step(*views)
         if step % 10 == 9:
             progress.set_postfix(
@@ -127,7 +132,7 @@ def main() -> None:
 
     dist.destroy_process_group()
     if rank == 0:
-        whole = build(args.stages * ranks, args.width)
+        whole = build(args.stages * ranks, args.width, args.seed)
         state = {"model": whole.state_dict()}
         dcp.load(state, checkpoint_id=args.folder / f"step-{args.steps}")
         whole.load_state_dict(state["model"])

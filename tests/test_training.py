@@ -160,7 +160,10 @@ def test_a_graph_of_the_gradients_is_refused_where_it_is_asked_for() -> None:
     with pytest.raises(RuntimeError, match="create_graph=True asks for a graph of the gradients, and a local pass has"):
         torch.autograd.grad(model(*pair), weights, create_graph=True)
     loss = model(*pair)
-    with pytest.warns(UserWarning, match="reference cycle"), pytest.raises(RuntimeError, match="create_graph=True asks"):
+    with (
+        pytest.warns(UserWarning, match="reference cycle"),
+        pytest.raises(RuntimeError, match="create_graph=True asks"),
+    ):
         loss.backward(create_graph=True)
     with torch.enable_grad():
         loss.backward()  # nothing was taken of it
