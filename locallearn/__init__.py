@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from locallearn.diagnosis import MemoryReport, memory_report
     from locallearn.memory import StagePlan, plan_stages, stages_of
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "ConvMLPDecoder",
