@@ -19,7 +19,10 @@ extensions = [
     "sphinx.ext.viewcode",  # links to the source
     "sphinx_copybutton",
     "example_pages",
+    "offline_math",
 ]
+html_math_renderer = "mathml"
+highlight_language = "none"  # of a block that names none
 exclude_patterns = ["_build", "_extensions"]
 myst_heading_anchors = 3  # links to headings inside of a page
 nitpicky = False  # torch's and einops' own docs are not fetched, so their names stay unlinked
