@@ -13,11 +13,15 @@ On a GPU, with what is installed there (`--quick` takes a minute; without, more 
     python benchmarks/infonce.py --device cuda --quick --budget 60 --json infonce.jsonl --write infonce-cuda.md
 """
 
+from __future__ import annotations
+
 import argparse
 import importlib
 import itertools
+import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 import sysconfig
@@ -28,10 +32,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import infonce_cuda
 import torch
-from hardware import processor, versions
+from hardware import commit, processor, versions
 from torch import Tensor
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
@@ -56,6 +61,14 @@ class Row:
     peak: dict[int, float] = field(default_factory=dict)  # MB
     kept: dict[int, float] = field(default_factory=dict)  # MB
     remark: dict[int, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, kept: dict[str, Any]) -> Row:
+        """A row of a record, whose keys JSON has made text; it has nothing to run."""
+        numbers = {
+            name: {int(n): v for n, v in value.items()} for name, value in kept.items() if isinstance(value, dict)
+        }
+        return cls(**{**kept, **numbers}, make=lambda: torch.dot)
 
 
 def ours(**options: object) -> Callable[[], Loss]:
@@ -428,46 +441,59 @@ def import_milliseconds() -> float:
     return 1e3 * min(runs)
 
 
-def report(arguments: argparse.Namespace) -> Iterator[str]:
-    """Measure everything that was asked for, and write it down in Markdown."""
-    yield "# InfoNCE against other libraries"
-    yield ""
-    yield "Written by `python benchmarks/infonce.py`; forward and backward, D = 128, single precision, temperature 0.1;"
-    yield f"{processor()}, {versions('torch', *PEERS)}."
-    yield "In brackets: how many times our time and memory. NT-Xent and SupCon compare 2N rows, the others N with N."
+def measured(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure everything that was asked for."""
+    found: dict[str, Any] = {
+        "command": shlex.join(["python", "benchmarks/infonce.py", *(a for a in sys.argv[1:] if a != "--installed")]),
+        "machine": f"{processor()}, {versions('torch', *PEERS)}",
+        "commit": commit(),
+        "sizes": arguments.sizes,
+        "threads": [],
+    }
     for threads in arguments.threads:
         torch.set_num_threads(threads)
         every = rows()
         measure(every, arguments.sizes, arguments.repeats, arguments.patience, 1e3 * arguments.memory, "cpu")
-        load = os.getloadavg()[0]
-        yield from [
-            "",
-            f"## CPU, {threads} thread{'s' * (threads > 1)} ({load:.1f} processes computing on {os.cpu_count()} cores)",
-            "",
-        ]
-        yield from table(every, arguments.sizes)
-        yield from ["", f"Promises, {threads} thread{'s' * (threads > 1)}:", ""]
-        yield from targets(every, arguments.sizes)
+        kept = [{name: value for name, value in vars(row).items() if name != "make"} for row in every]
+        found["threads"].append({"threads": threads, "load": os.getloadavg()[0], "cores": os.cpu_count(), "rows": kept})
+    found["accuracy"] = [*accuracy([row for row in rows() if row.form == "NT-Xent" and row.growth == 2])]
+    found["precisions"] = [*precisions()]
+    found["equalities"] = [*equalities()]
+    found["top1"] = [*top1_cost([n for n in arguments.sizes if n <= 4096], arguments.repeats)]
+    found["import_ms"] = import_milliseconds()
+    return found
+
+
+def page(record: dict[str, Any]) -> str:
+    return "\n".join(_lines(record)) + "\n"
+
+
+def _lines(record: dict[str, Any]) -> Iterator[str]:
+    yield "# InfoNCE against other libraries"
+    yield ""
+    yield f"`{record['command']}`; forward and backward, D = 128, single precision, temperature 0.1; {record['machine']}."
+    yield "In brackets: how many times our time and memory. NT-Xent and SupCon compare 2N rows, the others N with N."
+    for run in record["threads"]:
+        threads = f"{run['threads']} thread{'s' * (run['threads'] > 1)}"
+        every = [Row.of(row) for row in run["rows"]]
+        yield from ["", f"## CPU, {threads} ({run['load']:.1f} processes computing on {run['cores']} cores)", ""]
+        yield from table(every, record["sizes"])
+        yield from ["", f"Promises, {threads}:", "", *targets(every, record["sizes"])]
     yield from ["", "## Accuracy", "", "Relative error of the gradient, against float64 without cancellation;"]
-    yield from ["promised: at most 3e-6 at temperature 0.1, 3e-5 at 0.02.", ""]
-    yield from accuracy([row for row in rows() if row.form == "NT-Xent" and row.growth == 2])
+    yield from ["promised: at most 3e-6 at temperature 0.1, 3e-5 at 0.02.", "", *record["accuracy"], ""]
+    yield "Half precision in: relative error of the gradient, against float64 of the same rounded inputs."
+    yield from ["", *record["precisions"], "", "## Equalities", ""]
     yield from [
+        "Relative differences between ours and theirs in float64:",
         "",
-        "Half precision in: relative error of the gradient, against float64 of the same rounded inputs.",
-        "",
-    ]
-    yield from precisions()
-    yield from ["", "## Equalities", "", "Relative differences between ours and theirs in float64:", ""]
-    yield from equalities()
-    yield from [
+        *record["equalities"],
         "",
         "## Top-1",
         "",
-        f"A step that also tells top-1, of one that does not; {torch.get_num_threads()} thread(s):",
-        "",
     ]
-    yield from top1_cost([n for n in arguments.sizes if n <= 4096], arguments.repeats)
-    yield from ["", "## Import", "", f"{import_milliseconds():.1f} ms beyond `import torch` (promised: 50).", ""]
+    yield f"A step that also tells top-1, of one that does not; {record['threads'][-1]['threads']} thread(s):"
+    yield from ["", *record["top1"], "", "## Import", ""]
+    yield f"{record['import_ms']:.1f} ms beyond `import torch` (promised: 50)."
 
 
 def on_device(arguments: argparse.Namespace) -> None:
@@ -521,7 +547,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--patience", type=float, default=20, help="seconds that one loss may take at one size")
     parser.add_argument("--memory", type=float, default=10, help="GB that one loss may use")
-    parser.add_argument("--write", type=Path, help="file for the report")
+    parser.add_argument("--write", type=Path, help="file for the report; beside it goes what it is made of, .json")
     parser.add_argument("--installed", action="store_true", help="the other libraries are here already")
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), help="the GPU's rows instead; cpu tries them at a tiny size"
@@ -539,11 +565,12 @@ def main() -> None:
         return
     if not arguments.installed:
         sys.exit(in_throw_away_environment())
-    text = "\n".join(report(arguments)) + "\n"
-    print(text)
+    record = measured(arguments)
+    print(page(record))
     if arguments.write:
         arguments.write.parent.mkdir(parents=True, exist_ok=True)
-        arguments.write.write_text(text)
+        arguments.write.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+        arguments.write.write_text(page(record))
 
 
 if __name__ == "__main__":
