@@ -20,16 +20,20 @@ LINK = re.compile(r"\]\((?!https?://|#)([^)#\s]+)(#[^)\s]*)?\)")
 
 
 def scripts() -> list[Path]:
-    """Those that are run, in the order of their names."""
-    return [path for path in sorted(EXAMPLES.rglob("*.py")) if '__name__ == "__main__"' in path.read_text()]
+    """Those that are run, in the order in which the READMEs name them."""
+    named = "".join((EXAMPLES / readme).read_text() for readme in READMES)
+    paths = [path for path in sorted(EXAMPLES.rglob("*.py")) if '__name__ == "__main__"' in path.read_text()]
+    return sorted(paths, key=lambda path: named.find(path.name) % len(named))  # those not named, -1, come last
 
 
 def page_of(script: Path) -> str:
-    """The script's docstring and source."""
+    """The script's docstring, the file to take along, and its source."""
     name = script.relative_to(ROOT).as_posix()
     source = Path(*[".."] * len(script.relative_to(ROOT).parts), name).as_posix()
     text = ast.get_docstring(ast.parse(script.read_text())) or ""
-    return f"# {script.relative_to(EXAMPLES).as_posix()}\n\n{text}\n\n```{{literalinclude}} {source}\n:language: python\n```\n"
+    take = f"Download {{download}}`{script.name} <{source}>`."
+    show = f"```{{literalinclude}} {source}\n:language: python\n```"
+    return f"# {script.relative_to(EXAMPLES).as_posix()}\n\n{text}\n\n{take}\n\n{show}\n"
 
 
 def readme(path: Path, listed: list[str]) -> str:
