@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+_ALONE = ContextVar("_ALONE", default=False)
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """While open, this process computes something that the others do not, so that none answers: losses take its rows alone."""
+    token = _ALONE.set(True)
+    try:
+        yield
+    finally:
+        _ALONE.reset(token)
+
+
+def is_apart() -> bool:
+    """Whether :func:`apart` is open."""
+    return _ALONE.get()
 
 
 def in_use() -> bool:

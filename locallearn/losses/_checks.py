@@ -9,7 +9,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from locallearn.distributed import in_use, world_size
+from locallearn.distributed import in_use, is_apart, world_size
+
+APART = "InfoNCE takes other ranks' rows, which are of other stages in a pipeline. Leave gather= and group= away"
 
 
 def check_settings(
@@ -125,6 +127,10 @@ def gathers(gather: bool | str, group: dist.ProcessGroup | None, negatives: Tens
     if gather is True and not in_use():
         raise ValueError("gather=True needs torch.distributed.init_process_group() first; gather='auto' does not")
     if gather is False or world_size(group) == 1:
+        return False
+    if is_apart():
+        if gather is True or group is not None:
+            raise ValueError(APART)
         return False
     if _joins():
         raise RuntimeError(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from datetime import timedelta
+from itertools import zip_longest
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,15 +15,18 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from locallearn._fitting.batches import View, example_batch
-from locallearn._fitting.quiet import undisturbed
-from locallearn._walk.trees import mapped, tensors
 from locallearn.distributed import in_use
 from locallearn.losses import InfoNCE
+from locallearn.losses._checks import APART
+from locallearn.pipeline.lost import together
 from locallearn.pipeline.owners import Reading, reading
-from locallearn.pipeline.part import Chain, OwnForward, chain
+from locallearn.pipeline.part import Chain, OwnForward
 from locallearn.pipeline.share import Share, shares
+from locallearn.pipeline.trial import device_of, tried
 from locallearn.sharing import Sharing
 from locallearn.wrapper import LocalWrapper
+
+Made = TypeVar("Made", bound=torch.optim.Optimizer)
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,7 @@ class Fitted:
         highest: the weights of its highest stage.
         shared: by name, what other ranks hold as well, since their stages read it.
         device: where its inlet and its outlet lie.
+        everybody: the ranks, for what all of them do together; none waits there longer than the timeout.
         inputs_above: whether a rank above needs the backbone's batch.
     """
 
@@ -48,6 +54,7 @@ class Fitted:
     highest: list[nn.Parameter]
     shared: dict[str, Tensor]
     device: torch.device
+    everybody: Any
     inputs_above: bool
 
 
@@ -57,13 +64,16 @@ def fit(
     mode: str,
     group: dist.ProcessGroup | None,
     example: View | Sequence[View] | None,
-) -> Fitted:
-    """Checks, divides up and tries; ``model`` keeps only this rank's part.
+    optimizer: Callable[[list[nn.Parameter]], Made],
+    timeout: timedelta,
+) -> tuple[Fitted, Made]:
+    """Checks, divides up and tries; ``model`` keeps only this rank's part, for which an optimizer is made.
 
     Raises:
         RuntimeError: if there is no process group.
         TypeError: if ``model`` is no ``LocalWrapper``.
         ValueError: on all ranks, if something does not fit on one of them.
+        PipelineError: if a rank does not come.
     """
     if not in_use():
         raise RuntimeError(
@@ -74,18 +84,23 @@ def fit(
         raise TypeError("data parallel and pipeline do not go together yet; give the LocalWrapper itself, model.module")
     if not isinstance(model, LocalWrapper):
         raise TypeError(f"a Pipeline divides up a LocalWrapper; got {type(model).__name__}")
-    found: Fitted | Exception
+    members = dist.get_process_group_ranks(group or dist.group.WORLD)
+    everybody: Any = together(lambda: dist.new_group(members, timeout=timeout), "to build the pipeline", timeout)
+    tensors_of = [(n, tuple(t.shape), str(t.dtype)) for n, t in [*model.named_parameters(), *model.named_buffers()]]
+    given = (str(model.plan), model.stages, list(ranks), mode)
+    found: tuple[Fitted, Made] | Exception
     try:
-        found = _fitted(model, ranks, mode, group, example)
+        fitted = replace(_fitted(model, ranks, mode, group, example), everybody=everybody)
+        found = fitted, _made(optimizer, fitted)
     except Exception as error:  # noqa: BLE001 - whatever it is, all ranks have to know
         found = error
     wrong = f"{found}" if isinstance(found, Exception) else ""
-    told: list[Any] = [None] * dist.get_world_size(group)
-    given = (str(model.plan), model.stages, list(ranks), mode)
-    needs = isinstance(found, Fitted) and found.part.needs_inputs
-    dist.all_gather_object(told, (wrong, given, needs), group=group)
+    told: list[Any] = [None] * len(members)
+    needs = not isinstance(found, Exception) and found[0].part.needs_inputs
+    said = wrong, given, needs, tensors_of
+    together(lambda: dist.all_gather_object(told, said, group=everybody), "to build the pipeline", timeout)
     problems: dict[str, list[int]] = {}
-    for rank, (wrong, _, _) in enumerate(told):
+    for rank, (wrong, *_) in enumerate(told):
         problems.setdefault(wrong, []).append(rank)
     problems.pop("", None)
     if isinstance(found, Exception) and problems == {str(found): list(range(len(told)))}:
@@ -93,13 +108,35 @@ def fit(
     if problems:
         listed = "; ".join(f"on rank {', '.join(map(str, who))}: {wrong}" for wrong, who in problems.items())
         raise ValueError(f"the model cannot be divided up like this, {listed}")
-    if differ := [rank for rank, (_, other, _) in enumerate(told) if other != told[0][1]]:
+    if differ := [rank for rank, (_, other, *_) in enumerate(told) if other != told[0][1]]:
         raise ValueError(
             f"ranks {differ} were given other stages, another plan, ranks= or mode= than rank 0: {told[0][1]}"
         )
-    assert isinstance(found, Fitted)
-    above = any(needs for _, _, needs in told[found.share.rank + 1 :])
-    return replace(found, inputs_above=above)
+    if differ := [rank for rank, (*_, other) in enumerate(told) if other != told[0][3]]:
+        first = next(pair for pair in zip_longest(told[0][3], told[differ[0]][3]) if pair[0] != pair[1])
+        raise ValueError(
+            f"ranks {differ} have built another model than rank 0: {first[0]} there, {first[1]} on rank {differ[0]}. Build it "
+            "alike on all ranks"
+        )
+    assert not isinstance(found, Exception)
+    above = any(needs for _, _, needs, _ in told[found[0].share.rank + 1 :])
+    return replace(found[0], inputs_above=above), found[1]
+
+
+def _made(optimizer: Callable[[list[nn.Parameter]], Made], fitted: Fitted) -> Made:
+    """The optimizer of this rank's weights.
+
+    Raises:
+        ValueError: if there are none, or it does not take them.
+    """
+    if not fitted.weights:
+        raise ValueError(
+            f"rank {fitted.share.rank} has no weights for its optimizer; give it a stage or a decoder that is trained"
+        )
+    try:
+        return optimizer(fitted.weights)
+    except Exception as error:
+        raise ValueError(f"optimizer= fails: {type(error).__name__}: {error}") from error
 
 
 def _fitted(model: LocalWrapper, ranks: Sequence[int], mode: str, group: Any, example: Any) -> Fitted:
@@ -112,17 +149,20 @@ def _fitted(model: LocalWrapper, ranks: Sequence[int], mode: str, group: Any, ex
     batch = example_batch(model.backbone, example)
     known = reading(model.backbone, model.stages, batch)
     owners = _owners(model, known, every)
-    behind = {tensor for tensor, stages in known.stages.items() if stages == (model.plan.stages,)}
+    updated = {stage for unit in model.plan.units for stage in unit.updates}
+    left_out = {
+        tensor for tensor, stages in known.stages.items() if not updated.intersection(stages)
+    }  # no unit trains them
     owned = [tensor for tensor in [*model.parameters(), *model.buffers()] if rank in owners[tensor]]
-    weights = [weight for weight in model.parameters() if rank in owners[weight] and weight not in behind]
+    weights = [weight for weight in model.parameters() if rank in owners[weight] and weight not in left_out]
     names = [*model.named_parameters(), *model.named_buffers()]
     shared = {name: tensor for name, tensor in names if len(owners[tensor]) > 1 and rank in owners[tensor]}
     highest = [weight for weight in weights if share.highest in known.stages.get(weight, ())]
     if mode == "exact":
         _warn_of_waiting(model, share, len(every))
-    device = _device(known, share, batch)
-    part = _tried(model, share, known, batch, owners)
-    return Fitted(share, every, part, weights, owned, highest, shared, device, inputs_above=False)
+    device = device_of(known, share, batch)
+    part = tried(model, share, known, batch, owners)
+    return Fitted(share, every, part, weights, owned, highest, shared, device, everybody=None, inputs_above=False)
 
 
 def _warn_of_waiting(model: LocalWrapper, share: Share, ranks: int) -> None:
@@ -158,6 +198,8 @@ def _check(model: LocalWrapper, mode: str, every: Sequence[Share], group: dist.P
         raise ValueError(
             "checkpoint= does not go with a pipeline yet. Use torch.utils.checkpoint(..., use_reentrant=False) inside of blocks"
         )
+    if model.schedule is not (LocalWrapper.__init__.__kwdefaults__ or {})["schedule"]:
+        raise ValueError("a pipeline has an order of its own, and takes no schedule=; leave it away")
     kinds = [type(part).__name__ for part in model.modules() if isinstance(part, DistributedDataParallel)]
     spread = [name for name, weight in model.named_parameters() if hasattr(weight, "device_mesh")]
     if kinds or spread:
@@ -167,11 +209,7 @@ def _check(model: LocalWrapper, mode: str, every: Sequence[Share], group: dist.P
         )
     for loss in model.loss.modules() if isinstance(model.loss, nn.Module) else ():
         if isinstance(loss, InfoNCE) and (loss.gather is True or loss.group is not None):
-            raise ValueError(
-                "InfoNCE takes other ranks' rows, which are of other stages here. Leave gather= and group= away"
-            )
-        if isinstance(loss, InfoNCE):
-            loss.gather = False  # a rank has the whole batch
+            raise ValueError(APART)
 
 
 def _owners(model: LocalWrapper, known: Reading, every: Sequence[Share]) -> dict[Tensor, tuple[int, ...]]:
@@ -201,92 +239,3 @@ def _owners(model: LocalWrapper, known: Reading, every: Sequence[Share]) -> dict
                 f"{names[tensor]!r} is trained by stages of ranks {list(ranks)}; put them on one rank, or freeze it"
             )
     return owners
-
-
-def _device(known: Reading, share: Share, batch: Any) -> torch.device:
-    return tensors(known.outlets[share.lowest - 1] if share.lowest else batch)[0].device
-
-
-def _tried(
-    model: LocalWrapper, share: Share, known: Reading, batch: Any, owners: dict[Tensor, tuple[int, ...]]
-) -> Chain | OwnForward:
-    """This rank's part, which puts out the same as the whole backbone did; the others' numbers are dropped."""
-    inlet = known.outlets[share.lowest - 1] if share.lowest else batch
-    expected = known.outlets[share.highest]
-    top = share.highest == len(model.stages) - 1
-    to_the_end = top and any(stages == (len(model.stages),) for t, stages in known.stages.items() if _is_buffer(t))
-    _drop(model, {tensor for tensor, ranks in owners.items() if share.rank not in ranks})
-    part = chain(model.backbone, model.stages, share, to_the_end=to_the_end)
-    if part is not None:
-        return part
-    own = OwnForward(model.backbone, model.stages, share, _device(known, share, batch), to_the_end=to_the_end)
-    outcomes = []
-    for inputs in (mapped(lambda t: t.to("meta"), batch), batch) if share.lowest else (batch,):
-        outcome = _outcome(own, model, inlet, inputs, share.highest)
-        if not isinstance(outcome, Exception) and _equal(outcome, expected):
-            own.needs_inputs = share.lowest > 0 and inputs is batch
-            return own
-        outcomes.append(outcome)
-    raise ValueError(
-        f"{type(model.backbone).__name__} does not run by itself from the outlet of stage {share.lowest - 1} to that of stage "
-        f"{share.highest}: {_told(outcomes[-1])}. What its stages need beside the outlet below and the batch has to pass the cut"
-    )
-
-
-def _outcome(part: OwnForward, model: LocalWrapper, inlet: Any, inputs: Any, highest: int) -> Any:
-    results: list[Any] = []
-
-    def on_outlet(stage: int, output: Any) -> Any:
-        if stage == highest:
-            results.append(output)
-        return output
-
-    quiet = undisturbed(model.backbone)
-    try:
-        with quiet, quiet, torch.no_grad():
-            part.run(_copied(inputs), lambda: _copied(inlet), on_outlet)
-    except Exception as error:  # noqa: BLE001 - the user's code may raise anything
-        return error
-    return results[0]
-
-
-def _copied(tree: Any) -> Any:
-    return mapped(lambda tensor: tensor.detach().clone(), tree)
-
-
-def _equal(one: Any, other: Any) -> bool:
-    pairs = list(zip(tensors(one), tensors(other), strict=True))
-    return all(a.device == b.device and torch.equal(a, b) for a, b in pairs)
-
-
-def _is_buffer(tensor: Tensor) -> bool:
-    """Which may be changed by a forward; what lies behind the last cut runs for that alone."""
-    return not isinstance(tensor, nn.Parameter)
-
-
-def _told(outcome: Any) -> str:
-    if isinstance(outcome, Exception):
-        return f"{type(outcome).__name__}: {outcome}"
-    if any(tensor.is_meta for tensor in tensors(outcome)):
-        return "something else from below is needed"
-    return "another outlet comes out than in the whole forward"
-
-
-def _drop(model: nn.Module, tensors: set[Tensor]) -> None:
-    """Puts ``tensors`` on the meta device, wherever the model has them."""
-    empty: dict[Tensor, Tensor] = {}
-    for held in _registries(model):
-        for name, tensor in held.items():
-            if tensor is not None and tensor in tensors:
-                if tensor not in empty:
-                    moved: Any = torch.empty_like(tensor, device="meta")
-                    empty[tensor] = (
-                        nn.Parameter(moved, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else moved
-                    )
-                held[name] = empty[tensor]
-
-
-def _registries(model: nn.Module) -> Iterator[dict[str, Any]]:
-    for module in model.modules():
-        yield module._parameters
-        yield module._buffers

@@ -11,9 +11,10 @@ from locallearn._fitting.batches import rows
 from locallearn._walk.segment import Flow
 from locallearn._walk.trees import mapped
 from locallearn.pipeline.fit import Fitted
+from locallearn.pipeline.lost import PipelineError
 from locallearn.pipeline.messages import Header, Kind
 from locallearn.pipeline.share import Share
-from locallearn.pipeline.wire import Inbox, Outbox, PipelineError
+from locallearn.pipeline.wire import Inbox, Outbox
 
 
 class Batch(NamedTuple):
@@ -41,16 +42,13 @@ class Messenger:
 
     Attributes:
         batch: of the step.
-        group: the ranks, for what all of them do together.
     """
 
     batch: Batch
-    group: Any
 
-    def __init__(self, fitted: Fitted, group: dist.ProcessGroup | None, timeout: timedelta) -> None:
+    def __init__(self, fitted: Fitted, timeout: timedelta) -> None:
         self._fitted, self._step = fitted, 0
-        members = dist.get_process_group_ranks(group or dist.group.WORLD)
-        self.group = dist.new_group(members, timeout=timeout)
+        members = dist.get_process_group_ranks(fitted.everybody)
         names = [f"rank {share.rank} ({_stages(share)})" for share in fitted.shares]
         me = fitted.share.rank
 

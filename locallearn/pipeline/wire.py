@@ -13,21 +13,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from locallearn._walk.trees import tensors
+from locallearn.pipeline.lost import NOBODY, PipelineError
 from locallearn.pipeline.messages import Form, Header, Kind
 
 _IN_FLIGHT = 2  # messages with tensors to one neighbour
-
-
-class PipelineError(RuntimeError):
-    """A rank of the pipeline is lost, or hangs; every rank ends with this error.
-
-    Attributes:
-        rank: which one, as far as is known here.
-    """
-
-    def __init__(self, text: str, rank: int) -> None:
-        super().__init__(f"{text}. Start all ranks again from the last checkpoint")
-        self.rank = rank
 
 
 class Line:
@@ -191,7 +180,7 @@ class Inbox(Line):
 
     def _unless_failed(self, header: Header, what: str, step: int) -> Header:
         if header.kind == Kind.FAILED:
-            raise self._failed(header.rank, what, step)
+            raise self._failed(self._peer if header.rank == NOBODY else header.rank, what, step)
         return header
 
     def _check(self, header: Header, kind: Kind, what: str, step: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import cases
@@ -18,8 +19,9 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 from torch.nn.parallel import DistributedDataParallel
 from zoo import conv, small
 
-from locallearn import InfoNCE, LocalWrapper, MLPDecoder, Soft, TokenDecoder
-from locallearn.pipeline import Pipeline
+from locallearn import InfoNCE, LocalWrapper, MLPDecoder, Plan, Soft, TokenDecoder, Unit, fused, info_nce
+from locallearn.pipeline import Pipeline, PipelineError
+from locallearn.pipeline.lost import together
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
@@ -150,6 +152,44 @@ def supervised(rank: int) -> float:
     return off(pipe, one)
 
 
+def function(rank: int) -> float:
+    """A loss that is a function around `info_nce`, in which no module says that other ranks' rows are not to be gathered."""
+
+    def build(**options: Any) -> LocalWrapper:
+        torch.manual_seed(0)
+        net = nn.Sequential(conv(3, 4), conv(4, 4), conv(4, 4), conv(4, 4))
+        loss = lambda a, b: info_nce(a, b, temperature=0.5, **options)  # noqa: E731
+        return LocalWrapper(net, [0, 1, 2, 3], decoder=small, example=torch.rand(2, 3, 8, 8), loss=loss)
+
+    one = build(gather=False)
+    optimizer = sgd([*one.parameters()])
+    pipe = Pipeline(build(), [2, 2], sgd, example=torch.rand(2, 3, 8, 8), timeout=timedelta(seconds=60))
+    for step in range(3):
+        given = CASES["loco"].views(step, 4)
+        one.local_step(*given)
+        pipe.step(*given)
+        optimizer.step()
+        optimizer.zero_grad()
+    pipe.flush()
+    return off(pipe, one)
+
+
+def untrained(rank: int) -> bool:
+    """Whether a checkpoint of a plan that trains no weight of stage 2 has the names that a new pipeline asks it for."""
+    plan = Plan(4, [Unit(0, 1), Unit(2, 3, updates=[3])])
+
+    def build() -> Pipeline:
+        torch.manual_seed(0)
+        net = nn.Sequential(conv(3, 4), conv(4, 4), conv(4, 4), conv(4, 4))
+        model = LocalWrapper(net, [0, 1, 2, 3], decoder=small, example=torch.rand(2, 3, 8, 8), plan=plan)
+        return Pipeline(model, [2, 2], adamw, example=torch.rand(2, 3, 8, 8))
+
+    pipe = build()
+    pipe.step(*CASES["loco"].views(0, 4))
+    pipe.flush()
+    return pipe.state_dict()["optimizer"].keys() == build().state_dict()["optimizer"].keys()
+
+
 def in_bf16(rank: int) -> tuple[float, int, int]:
     """The difference to one process under autocast, and the bytes that a step sends, without and with it."""
     case = CASES["loco"]
@@ -260,6 +300,9 @@ def refused(rank: int) -> dict[str, str]:
         "rows of a group": tried(wrapped(loss=InfoNCE(group=dist.group.WORLD))),
         "checkpoint": tried(wrapped(checkpoint=nn.Conv2d)),
         "eager": tried(CASES["overlap 2"].build(), [3, 2], mode="eager"),
+        "schedule": tried(wrapped(schedule=fused)),
+        "optimizer": error(lambda: Pipeline(loco.build(), [2, 2], sgd if rank == 0 else adamw_of_nothing)),
+        "width": tried(wrapped(decoder=lambda width: MLPDecoder(width, out_features=4 + rank))),
         "one rank": tried(loco.build(), [2, 2] if rank else [3, 1]),
     }
     torch.manual_seed(0)
@@ -278,12 +321,42 @@ def refused(rank: int) -> dict[str, str]:
     eager = pipeline(loco, [2, 2], mode="eager")
     eager.step(*loco.views(0, 4))
     found["not flushed"] = error(eager.state_dict) if rank == 0 else REFUSALS["not flushed"]
+    found["load"] = error(lambda: eager.load_state_dict({})) if rank == 0 else REFUSALS["load"]
     eager.flush()
     counted = LocalWrapper(Counted(), ["a", "b", "c", "d"], decoder=MLPDecoder, example=torch.rand(2, 3))
     found["written"] = error(
         lambda: Pipeline(counted, [2, 2], sgd, example=torch.rand(2, 3)).step(*torch.rand(2, 4, 3))
     )
+    tied = Pipeline(
+        LocalWrapper(Tied(), list("abcd"), decoder=MLPDecoder, example=torch.rand(2, 3)),
+        [2, 2],
+        sgd,
+        example=torch.rand(2, 3),
+    )
+    tied.step(*torch.rand(2, 4, 3))
+    tied.flush()
+    tied.model.backbone.scale.requires_grad_(True)
+    found["unfrozen"] = error(lambda: tied.step(*torch.rand(2, 4, 3)))
+    if rank:  # whom rank 0's error may reach first
+        found["unfrozen"] = REFUSALS["unfrozen"]
     return found
+
+
+def adamw_of_nothing(weights: Any) -> torch.optim.Optimizer:
+    raise ValueError("no learning rate")
+
+
+class Tied(Counted):
+    """All stages read one frozen weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for part in (self.a, self.b, self.c, self.d):
+            x = part(x * self.scale)
+        return x
 
 
 def waits(rank: int) -> list[str]:
@@ -299,7 +372,7 @@ def work(rank: int, folder: str) -> dict[str, Any]:
     warnings.filterwarnings("ignore", message="rank . has . of the stages")
     found["state"] = state_travels("loco", [[2, 2], [1, 3]], rank, f"{folder}/loco")
     found["state of resnet"] = state_travels("resnet50", [[3, 1], [2, 2]], rank, f"{folder}/resnet")
-    for check in (clipped, accumulated, supervised, in_bf16, channels_last, held, refused):
+    for check in (clipped, accumulated, supervised, function, untrained, in_bf16, channels_last, held, refused):
         found[check.__name__] = check(rank)
     return found
 
@@ -316,10 +389,26 @@ def test_a_checkpoint_moves_between_layouts_and_one_process(found: list[dict[str
         assert rank["state of resnet"] == [0.0] * 4
 
 
-@pytest.mark.parametrize("check", ["accumulated", "supervised", "channels_last"])
+@pytest.mark.parametrize("check", ["accumulated", "supervised", "function", "channels_last"])
 def test_weights_are_those_of_one_process(check: str, found: list[dict[str, Any]]) -> None:
     """After two batches in one step; with a tree of targets and changing numbers of views; with channels last."""
     assert [rank[check] for rank in found] == [0.0, 0.0]
+
+
+def test_a_checkpoint_has_what_a_new_pipeline_asks_for_where_a_stage_is_not_trained(
+    found: list[dict[str, Any]],
+) -> None:
+    assert [rank["untrained"] for rank in found] == [True, True]
+
+
+def test_a_rank_that_does_not_come_is_told_in_one_error() -> None:
+    def lost() -> None:
+        raise RuntimeError("Connection closed by peer\nand more")
+
+    with pytest.raises(
+        PipelineError, match=r"has not come to clip for 3 s \(torch says: Connection closed by peer\)\. Start"
+    ):
+        together(lost, "to clip", timedelta(seconds=3))
 
 
 def test_clipping_is_by_the_norm_of_the_whole_model(found: list[dict[str, Any]]) -> None:
@@ -353,8 +442,13 @@ REFUSALS = {
     "soft": "the penalty of Soft ties stages of several ranks together",
     "decoder": "'decoders.0.mlp.0.weight', of a decoder or a loss, is used by units of ranks [0, 1]",
     "loss": "'loss.classes.weight', of a decoder or a loss, is used by units of ranks [0, 1]",
-    "gather": "InfoNCE takes other ranks' rows, which are of other stages here",
-    "rows of a group": "InfoNCE takes other ranks' rows, which are of other stages here",
+    "gather": "InfoNCE takes other ranks' rows, which are of other stages in a pipeline",
+    "rows of a group": "InfoNCE takes other ranks' rows, which are of other stages in a pipeline",
+    "schedule": "a pipeline has an order of its own, and takes no schedule=",
+    "optimizer": "on rank 1: optimizer= fails: ValueError: no learning rate",
+    "width": "ranks [1] have built another model than rank 0",
+    "load": "call flush() first",
+    "unfrozen": "frozen when the pipeline was built, and now it is trained",
     "checkpoint": "checkpoint= does not go with a pipeline yet",
     "one rank": "ranks [1] were given other stages, another plan, ranks= or mode= than rank 0",
     "skip": "Skips does not run by itself from the outlet of stage 1 to that of stage 3",
