@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
@@ -26,3 +27,9 @@ def machine(device: str, *packages: str) -> str:
     """What computes, and with which versions."""
     threads = f"{processor()}, {torch.get_num_threads()} threads on {os.cpu_count()} cores"
     return f"{torch.cuda.get_device_name() if device == 'cuda' else threads}, {versions('torch', *packages)}"
+
+
+def commit() -> str:
+    """The last one that changed the library."""
+    asked = ["git", "-C", str(Path(__file__).parents[1]), "log", "-1", "--format=%h", "--", "locallearn"]
+    return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip() or "unknown"

@@ -30,7 +30,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from hardware import machine
+from hardware import commit, machine
 from networks import NETWORKS
 from overhead import own_seconds, per_stage
 from step_page import pictures, text
@@ -177,6 +177,7 @@ def main(argv: list[str] | None = None) -> int:
             "timed": [batch_size, image_size, args.repeats],
             "command": shlex.join(["python", "benchmarks/local_step.py", *(sys.argv[1:] if argv is None else argv)]),
             "machine": machine(args.device, "torchvision"),
+            "commit": commit(),
             "counts": measure_counts(args, counted, args.record["counts"]),
             **measure_times(args, timed),
         }

@@ -19,11 +19,11 @@ from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import rivals
 import torch
-from hardware import machine
+from hardware import commit, machine
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
@@ -119,7 +119,9 @@ def table(found: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def page(found: Sequence[Row], shape: Sequence[int], command: str) -> str:
+def page(record: dict[str, Any]) -> str:
+    """What is said of a record, which is what `main` writes."""
+    found, shape = [Row(**row) for row in record["rows"]], " x ".join(map(str, record["shape"]))
     return f"""# Many units
 
 A chain of equal stages, from {found[0].stages} to {found[-1].stages}: time of a step per stage, and the most bytes alive at once
@@ -127,7 +129,7 @@ in it, without weights, their gradients and the views. However many units there 
 grow with them; end to end, memory does. LoCo shares all stages but the first and the last, each for one input gradient more, so
 that its time per stage rises while those two are a large part.
 
-Batches of shape {" x ".join(map(str, shape))}, MLP decoders; medians of steps in turn. `{command}`; {machine("cpu")}.
+Batches of shape {shape}, MLP decoders; medians of steps in turn. `{record["command"]}`; {record["machine"]}.
 
 ![Time per stage, and peak, of chains of more and more stages](many_units.png)
 
@@ -176,11 +178,16 @@ def main(argv: list[str] | None = None) -> int:
     print(f"batches of {shape}, {args.threads} threads, torch {torch.__version__}\n\n{table(found)}")
     if args.write:
         args.write.mkdir(parents=True, exist_ok=True)
-        record = {"shape": shape, "torch": torch.__version__, "rows": [row._asdict() for row in found]}
+        record = {
+            "command": shlex.join(["python", "benchmarks/many_units.py", *(sys.argv[1:] if argv is None else argv)]),
+            "machine": machine("cpu"),
+            "commit": commit(),
+            "shape": shape,
+            "rows": [row._asdict() for row in found],
+        }
         write(args.write / "many_units.json", lambda path: path.write_text(json.dumps(record, indent=1) + "\n"))
         write(args.write / "many_units.png", partial(draw, found))
-        command = shlex.join(["python", "benchmarks/many_units.py", *(sys.argv[1:] if argv is None else argv)])
-        write(args.write / "many_units.md", lambda path: path.write_text(page(found, shape, command)))
+        write(args.write / "many_units.md", lambda path: path.write_text(page(record)))
     return 0
 
 

@@ -28,7 +28,7 @@ import scale_page
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from hardware import machine
+from hardware import commit, machine
 from replay import Costs
 from stage_costs import stage_costs
 from torchvision.models import resnet50, vit_b_16
@@ -141,6 +141,7 @@ def main() -> None:
         }
         record["network_machine"] = f"{args.network_rows} images of 224 pixels; {machine(args.networks)}"
     record["chains"] = [collect(setting, args.steps, args.rounds) for setting in SETTINGS]
+    record["commit"] = commit()
     record["machine"] = f"two processes of one thread each on {machine('cpu')}"
     record["command"] = shlex.join(["python", "benchmarks/scale.py", *sys.argv[1:]])
     print(scale_page.text(record))

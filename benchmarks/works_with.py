@@ -18,7 +18,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
@@ -30,7 +29,7 @@ from time import monotonic
 from typing import Any
 
 import torch
-from hardware import processor, versions
+from hardware import commit, processor, versions
 from tqdm import tqdm
 from works.hugging_face import transformers_networks
 from works.image_networks import timm_networks, torchvision_networks
@@ -104,12 +103,6 @@ def keep(path: Path, record: dict[str, Any]) -> None:
         fresh = target.with_suffix(".new")
         fresh.write_text(content)
         os.replace(fresh, target)  # noqa: PTH105 - atomic, and says so
-
-
-def commit() -> str:
-    """The last one that changed the library."""
-    asked = ["git", "-C", str(Path(__file__).parents[1]), "log", "-1", "--format=%h", "--", "locallearn"]
-    return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
 
 
 def main() -> None:

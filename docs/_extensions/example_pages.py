@@ -1,0 +1,79 @@
+"""Makes a page of every script in examples/, and one of each README there, when the docs are built.
+
+A script's page is its own docstring and its own source, so that none can differ from the script.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from sphinx.application import Sphinx
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = ROOT / "examples"
+READMES = {"README.md": "index", "detection/README.md": "detection/index"}
+LINK = re.compile(r"\]\((?!https?://|#)([^)#\s]+)(#[^)\s]*)?\)")
+
+
+def scripts() -> list[Path]:
+    """Those that are run, in the order in which the READMEs name them."""
+    named = "".join((EXAMPLES / readme).read_text() for readme in READMES)
+    paths = [path for path in sorted(EXAMPLES.rglob("*.py")) if '__name__ == "__main__"' in path.read_text()]
+    return sorted(paths, key=lambda path: named.find(path.name) % len(named))  # those not named, -1, come last
+
+
+def page_of(script: Path) -> str:
+    """The script's docstring, the file to take along, and its source."""
+    name = script.relative_to(ROOT).as_posix()
+    source = Path(*[".."] * len(script.relative_to(ROOT).parts), name).as_posix()
+    text = ast.get_docstring(ast.parse(script.read_text())) or ""
+    take = f"Download {{download}}`{script.name} <{source}>`."
+    show = f"```{{literalinclude}} {source}\n:language: python\n```"
+    return f"# {script.relative_to(EXAMPLES).as_posix()}\n\n{text}\n\n{take}\n\n{show}\n"
+
+
+def readme(path: Path, listed: list[str]) -> str:
+    """A README, its links leading to pages where there are such, and what is listed below it."""
+
+    def one(match: re.Match[str]) -> str:
+        target, anchor = (path.parent / match[1]).resolve(), match[2] or ""
+        known = {(EXAMPLES / name).resolve(): page for name, page in READMES.items()}
+        if target in known:
+            there = EXAMPLES / f"{known[target]}.md"
+        elif target in map(Path.resolve, scripts()):
+            there = target.with_suffix(".md")
+        else:  # seen from docs/examples/, one folder deeper
+            there = ROOT / "examples" / ".." / target.relative_to(ROOT)
+            deep = "/".join([".."] * (len(path.relative_to(EXAMPLES).parts) + 1))
+            inside = target.relative_to(ROOT / "docs") if target.is_relative_to(ROOT / "docs") else None
+            away = f"{deep[3:]}/{inside.as_posix()}" if inside else f"{deep}/{target.relative_to(ROOT).as_posix()}"
+            return f"]({away}{anchor})"
+        away = Path("/".join([".."] * (len(path.relative_to(EXAMPLES).parts) - 1)), there.relative_to(EXAMPLES))
+        return f"]({away.as_posix()}{anchor})"
+
+    contents = "\n".join(listed)
+    return f"{LINK.sub(one, path.read_text())}\n```{{toctree}}\n:caption: Scripts\n\n{contents}\n```\n"
+
+
+def write_pages(app: Sphinx) -> None:
+    """All of them, into the folder `examples` beside the other pages."""
+    folder = Path(app.srcdir) / "examples"
+    shutil.rmtree(folder, ignore_errors=True)
+    names = [script.relative_to(EXAMPLES).with_suffix("").as_posix() for script in scripts()]
+    for script, name in zip(scripts(), names, strict=True):
+        page = folder / f"{name}.md"
+        page.parent.mkdir(parents=True, exist_ok=True)
+        page.write_text(page_of(script))
+    below = [name.removeprefix("detection/") for name in names if name.startswith("detection/")]
+    above = [name for name in names if not name.startswith("detection/")]
+    (folder / "detection/index.md").write_text(readme(EXAMPLES / "detection/README.md", below))
+    (folder / "index.md").write_text(readme(EXAMPLES / "README.md", [*above, "detection/index"]))
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    app.connect("builder-inited", write_pages)
+    return {"parallel_read_safe": True}
