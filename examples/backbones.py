@@ -126,7 +126,12 @@ def cut(name: str, image_size: int, stages: Sequence[str] | None = None) -> tupl
             problems.append(problem)
         else:
             return Architecture(make, tuple(stages or ())), decoder
-    raise DataError(str(problems[0])) from problems[0]
+    raise DataError(_said(problems[0])) from problems[0]
+
+
+def _said(problem: Exception) -> str:
+    text, another_batch, _ = str(problem).partition(". If it ")  # what follows is advice for other callers
+    return text + (". Images of another size: --image-size" if another_batch else "")
 
 
 def _of_elsewhere(name: str, image_size: int) -> nn.Module:
@@ -179,4 +184,4 @@ def told_apart(backbone: nn.Module, stages: tuple[str, ...], images: Tensor) -> 
         found = probe(backbone, stages, images.clone())
         return [outlet._replace(axis=outlet.axis or agreed_axis(outlet.features, outlet.weights)) for outlet in found]
     except (ValueError, TypeError) as problem:
-        raise DataError(str(problem)) from problem
+        raise DataError(_said(problem)) from problem

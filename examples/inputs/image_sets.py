@@ -103,6 +103,8 @@ class Folder:
 def decoded(path: str | Path, *, upright: bool = True) -> Tensor:
     """An image file's pixels, turned as its EXIF data say or as they lie in the file, uint8 RGB `(3, H, W)`."""
     try:
+        if Path(path).exists() and not Path(path).is_file():
+            raise OSError("it is no file")  # but a pipe, say, which would be waited for
         with Image.open(path) as image:
             turned = ImageOps.exif_transpose(image) if upright else image
             return v2.functional.pil_to_tensor(_eight_bits(turned).convert("RGB"))

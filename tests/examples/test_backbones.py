@@ -139,7 +139,11 @@ def test_the_known_ones_are_cut_where_they_always_were_and_others_in_four() -> N
         ("own.py:number", "", "own.py has no function 'number' .*"),
         ("torchvision:resnet19", "", r"torchvision has no model 'resnet19'; did you mean .*"),
         ("timm:nothing_like_it", "", "timm has no model 'nothing_like_it'.*"),
-        ("own.py:vit", "--image-size 48", r".*own.py:vit, given a batch of shape \(64, 3, 48, 48\): .*"),
+        (
+            "own.py:vit",
+            "--image-size 48",
+            r"own.py:vit, given a batch of shape \(64, 3, 48, 48\): .* Images of another size: --image-size",
+        ),
         ("own.py:resnet", "--stages layer5 layer6", r"stages name submodules \['layer5', 'layer6'\] that ResNet .*"),
         ("own.py:resnet", "--stages layer4 layer2", ".*layer4.*"),
         ("own.py:vit", "--stages blocks.1 blocks.3 --decoder conv", ".*vit cannot be trained so: .*ConvMLPDecoder.*"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import pickle
 import re
 import struct
@@ -373,7 +374,8 @@ def test_damaged_images_are_one_line_with_their_name(tmp_path: Path) -> None:
     damaged = bytearray(whole.read_bytes())
     damaged[45] ^= 255
     (tmp_path / "odd.png").write_bytes(damaged)
-    for name in ("odd.ppm", "odd.png"):
+    os.mkfifo(tmp_path / "pipe.png")  # nobody writes into it
+    for name in ("odd.ppm", "odd.png", "pipe.png"):
         with pytest.raises(images.DataError, match=rf".*{name} is no image that can be read"):
             image_folders.decoded(tmp_path / name)
 
