@@ -22,6 +22,8 @@ extensions = [
     "offline_math",
 ]
 html_math_renderer = "mathml"
+copybutton_prompt_text = r">>> |\.\.\. "  # what is copied is the input, without prompts and answers
+copybutton_prompt_is_regexp = True
 highlight_language = "none"  # of a block that names none
 exclude_patterns = ["_build", "_extensions"]
 myst_heading_anchors = 3  # links to headings inside of a page

@@ -18,10 +18,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from backbones import ARCHITECTURES
+from backbones import architecture, averaged, told_apart
 from command_line import Parser, at_least, device, number_from, status_of
 from curves.costs import machine
-from einops import reduce
 from inputs.image_sets import DataError, Images
 from inputs.images import load, tell, with_labels
 from inputs.loading import plain_batches, view_batches
@@ -41,19 +40,19 @@ SCRATCH = "random start"
 class Classifier(nn.Module):
     """A backbone up to its top stage, and linear logits from the average of that stage's outlet: `(N, classes)`."""
 
-    def __init__(self, backbone: nn.Module, top: str, width: int, classes: int) -> None:
+    def __init__(self, backbone: nn.Module, top: str, width: int, axis: int, classes: int) -> None:
         super().__init__()
-        self.backbone, self.head = backbone, nn.Linear(width, classes)
-        self._outlet: Tensor | None = None
+        self.backbone, self.head, self._axis = backbone, nn.Linear(width, classes), axis
+        self._outlet: object = None
         backbone.get_submodule(top).register_forward_hook(self._keep)
 
-    def _keep(self, module: nn.Module, args: object, outlet: Tensor) -> None:
+    def _keep(self, module: nn.Module, args: object, outlet: object) -> None:
         self._outlet = outlet
 
     def forward(self, images: Tensor) -> Tensor:
         self.backbone(images)
         outlet, self._outlet = self._outlet, None
-        return self.head(reduce(outlet, "n c ... -> n c", "mean"))
+        return self.head(averaged(outlet, self._axis))
 
 
 def labelled(labels: Tensor, percent: float, seed: int) -> Tensor:
@@ -71,11 +70,13 @@ def fine_tuned(args: argparse.Namespace, backbone: nn.Module, top: str, images: 
     known = labelled(images.train_labels, percent, args.seed)
     part = Images(images.name, images.train[known], images.train_labels[known], images.test, images.test_labels)
     backbone.to(args.device, memory_format=torch.channels_last)
-    widths: list[int] = []
-    handle = backbone.get_submodule(top).register_forward_hook(lambda m, a, outlet: widths.append(outlet.shape[1]))
-    backbone.eval()(next(plain_batches(part, "test", 2, args.device))[0])
-    handle.remove()
-    model = Classifier(backbone, top, widths[0], images.classes).to(args.device).train()
+    first, _ = next(plain_batches(part, "test", 2, args.device))
+    (outlet,) = told_apart(backbone, (top,), first)
+    model = (
+        Classifier(backbone, top, outlet.features.shape[outlet.axis], outlet.axis, images.classes)
+        .to(args.device)
+        .train()
+    )
     batch = min(args.batch_size, len(known))
     each = len(known) // batch
     steps = args.epochs * each
@@ -127,7 +128,7 @@ def run(args: argparse.Namespace) -> None:
                 backbone = trained.backbone
                 if name:
                     torch.manual_seed(settings.get("seed", 0))
-                    backbone = ARCHITECTURES[settings["arch"]].make(settings["image_size"])
+                    backbone = architecture(settings["arch"], settings.get("stages")).make(settings["image_size"])
                 reached[f"{percent:g}"] = fine_tuned(args, backbone, trained.stages[-1], images, percent)
                 row = name or str(settings.get("method", directory.name))
                 found.setdefault(row, {}).setdefault(percent, []).append(100 * reached[f"{percent:g}"])

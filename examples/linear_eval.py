@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from backbones import stage_features
+from backbones import StageFeatures
 from command_line import Parser, at_least, number_from, status_of, write
 from inputs.image_sets import DataError, Folder, Images
 from inputs.loading import plain_batches, view_batches
@@ -63,8 +63,8 @@ def paper(args: argparse.Namespace, encoder: Encoder, images: Images | Folder) -
     """Test accuracy of a linear classifier on each stage, trained on random crops by the paper's schedule."""
     torch.manual_seed(args.seed)
     first, _ = next(plain_batches(images, "test", 1, args.device))
-    outlets = stage_features(encoder.backbone, encoder.stages, first)
-    heads = Heads([outlet.shape[1] for outlet in outlets], images.classes).to(args.device)
+    features = StageFeatures(encoder.backbone, encoder.stages)
+    heads = Heads([outlet.shape[1] for outlet in features(first)], images.classes).to(args.device)
     optimizer = torch.optim.SGD(heads.parameters(), lr=args.lr * args.batch_size / 256)
     milestones = [round(part * args.epochs) for part in MILESTONES]
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones)
@@ -76,7 +76,7 @@ def paper(args: argparse.Namespace, encoder: Encoder, images: Images | Folder) -
         for epoch in range(done, args.epochs):
             losses = []
             for (view,), labels in epoch_views(args, encoder, images, epoch):
-                outputs = heads(stage_features(encoder.backbone, encoder.stages, view))
+                outputs = heads(features(view))
                 loss = torch.stack([F.cross_entropy(output, labels) for output in outputs])
                 loss.sum().backward()
                 optimizer.step()
@@ -86,7 +86,7 @@ def paper(args: argparse.Namespace, encoder: Encoder, images: Images | Folder) -
             scheduler.step()
             progress.set_postfix_str(" ".join(f"{loss:.2f}" for loss in torch.stack(losses).mean(dim=0).tolist()))
             checkpoint.save(epoch + 1, heads, optimizer, scheduler)
-    return accuracies(args, encoder, images, heads)
+    return accuracies(args, encoder, images, features, heads)
 
 
 def epoch_views(args: argparse.Namespace, encoder: Encoder, images: Images | Folder, epoch: int) -> Any:
@@ -99,11 +99,13 @@ def epoch_views(args: argparse.Namespace, encoder: Encoder, images: Images | Fol
 
 
 @torch.no_grad()
-def accuracies(args: argparse.Namespace, encoder: Encoder, images: Images | Folder, heads: Heads) -> list[float]:
+def accuracies(
+    args: argparse.Namespace, encoder: Encoder, images: Images | Folder, features: StageFeatures, heads: Heads
+) -> list[float]:
     right = torch.zeros(len(heads), device=args.device)
     batches = plain_batches(images, "test", args.batch_size, args.device, encoder.mean, encoder.std, args.workers)
     for pixels, labels in batches:
-        outputs = heads(stage_features(encoder.backbone, encoder.stages, pixels))
+        outputs = heads(features(pixels))
         right += torch.stack([(output.argmax(dim=1) == labels).sum() for output in outputs])
     return (right / len(images.test_labels)).tolist()
 

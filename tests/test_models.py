@@ -26,7 +26,7 @@ from locallearn.models import (
 from locallearn.models.progressive import Resize
 
 pytest.importorskip("rich", reason="the examples need the extra `examples`")
-from backbones import ARCHITECTURES, stage_features
+from backbones import ARCHITECTURES, StageFeatures
 from counting.paper_counts import StageCount, paper_counts, shares
 
 RESNET = ("layer1", "layer2", "layer3", "layer4")
@@ -313,6 +313,6 @@ def test_architectures_of_the_examples_end_with_the_encoders_vector(name: str, s
     architecture = ARCHITECTURES[name]
     with FakeTensorMode():
         backbone = architecture.make(size).eval()
-        features = stage_features(backbone, architecture.stages, torch.zeros(2, 3, size, size))
+        features = StageFeatures(backbone, architecture.stages)(torch.zeros(2, 3, size, size))
     assert len(features) == len(architecture.stages)
     assert features[-1].shape == (2, backbone.fc.in_features)  # type: ignore[union-attr]

@@ -37,6 +37,8 @@ def tree(tmp_path: Path) -> Path:
     """A repository that is ready."""
     for file in ("pyproject.toml", "CITATION.cff", "CHANGELOG.md"):
         shutil.copy(ROOT / file, tmp_path)
+    (tmp_path / "locallearn").mkdir()
+    shutil.copy(ROOT / "locallearn/__init__.py", tmp_path / "locallearn")
     edit(tmp_path / "pyproject.toml", "https://github.com/OWNER/locallearn", ADDRESS)
     run = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@example.org"]
     for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "all"]):
@@ -66,6 +68,7 @@ def test_the_placeholder_is_refused(tree: Path) -> None:
         ("CHANGELOG.md", r"^(## \[\d.*\]).*$", r"\1", "has no date"),
         ("CITATION.cff", r"^date-released: .*$", "date-released: 1999-01-01", "date-released is not the changelog's"),
         ("CITATION.cff", r"^version: .*$", "version: 9", "version is not pyproject.toml's"),
+        ("locallearn/__init__.py", r"^__version__ = .*$", '__version__ = "9"', "__version__ is not pyproject.toml's"),
         ("CITATION.cff", r"^title", "title ", "1 files differ"),
     ],
 )

@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train
-from backbones import ARCHITECTURES
+from backbones import named
 from command_line import Parser, at_least, status_of
 from inputs.images import DataError
 from pretraining.runs import read_settings
@@ -75,9 +75,7 @@ def parser() -> Parser:
         metavar="BACKBONE",
         help="a run, whose path may hold {seed}; random; a name of torchvision's weights; or NAME=...",
     )
-    add(
-        "--arch", choices=list(ARCHITECTURES), help="of random and torchvision's weights (the first run's, or resnet50)"
-    )
+    add("--arch", type=named, metavar="NAME", help="of random and torchvision's weights (the first run's, or resnet50)")
     add("--seeds", type=at_least(1), default=1, metavar="N", help="runs of each backbone (%(default)s)")
     add("--out", type=Path, default=Path("runs/detection"), metavar="DIR", help="(%(default)s)")
     return result

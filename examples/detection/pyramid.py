@@ -9,6 +9,8 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from backbones import FEATURES, told_apart
+from inputs.image_sets import DataError
 from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
@@ -38,6 +40,7 @@ class Body(nn.Module):
     def __init__(self, backbone: nn.Module, stages: tuple[str, ...], mode: Mode) -> None:
         super().__init__()
         self.backbone, self._mode = backbone, mode
+        check_maps(backbone, stages, PROBE)
         outlets, lowest, reached = _probe(backbone, stages)
         sides = [outlet.shape[-1] for outlet in outlets]
         first, last = (round(log2(PROBE / side)) for side in (sides[0], sides[-1]))
@@ -84,12 +87,21 @@ class Pyramid(nn.Module):
         return maps
 
 
+def check_maps(backbone: nn.Module, stages: tuple[str, ...], size: int) -> None:
+    """Raises `DataError` where stages hand on other than maps with channels first, or do not take images of that size."""
+    images = next(backbone.parameters()).new_zeros(2, 3, size, size)
+    if any(outlet.axis != 1 or outlet.features.ndim != 4 for outlet in told_apart(backbone, stages, images)):
+        raise DataError(
+            f"detection and segmentation read maps (N, C, H, W); the stages of {type(backbone).__name__} hand on others"
+        )
+
+
 def outlets_of(backbone: nn.Module, stages: list[str], images: Tensor) -> list[Tensor]:
     """The stages' maps, of one forward."""
     found: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[[nn.Module, object, Tensor], None]:
-        return lambda module, args, outlet: found.__setitem__(name, outlet)
+        return lambda module, args, outlet: found.__setitem__(name, FEATURES(outlet))
 
     handles = [backbone.get_submodule(stage).register_forward_hook(keep(stage)) for stage in set(stages)]
     try:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from backbones import ARCHITECTURES
+from backbones import architecture
 from detector import Size, mask_rcnn
 from inputs.images import DataError
 from pretraining.norms import by_groups
@@ -23,8 +23,8 @@ def load_detector(directory: Path, device: torch.device) -> tuple[MaskRCNN, dict
     settings = read_settings(directory)
     if settings.get("task") != "detection":
         raise DataError(f"{directory} is no run of examples/detection/train.py")
-    architecture = ARCHITECTURES[settings["arch"]]
-    backbone = architecture.make(settings["image_size"])
+    found = architecture(settings["arch"], settings.get("stages"))
+    backbone = found.make(settings["image_size"])
     if settings["norm"] == "group":
         by_groups(backbone)
     statistics = {"mean": tuple(settings["mean"]), "std": tuple(settings["std"])}
@@ -32,7 +32,7 @@ def load_detector(directory: Path, device: torch.device) -> tuple[MaskRCNN, dict
         name=settings["backbone"],
         arch=settings["arch"],
         backbone=backbone,
-        stages=architecture.stages,
+        stages=found.stages,
         image_size=settings["image_size"],
         **statistics,
         directory=directory,

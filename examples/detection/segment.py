@@ -28,7 +28,7 @@ from inputs.loading import normalised
 from instances import InstanceSet, Photo, masks_of
 from options import start
 from pretraining.draws import Draws
-from pyramid import outlets_of
+from pyramid import check_maps, outlets_of
 from reading.encoders import Encoder, add_start_arguments
 from reports import save_json
 from rich.box import SIMPLE_HEAVY
@@ -104,6 +104,7 @@ def read_out(
     if len(classes) > IGNORED:
         raise DataError(f"there are {len(classes)} classes, more than {IGNORED}: use --merge group")
     photos, backbone, stages = trainable(found.photos), encoder.backbone, list(encoder.stages)
+    check_maps(backbone, encoder.stages, args.size)
     size = min(args.batch_size, len(photos))
     draws = Draws(len(photos), size, args.epochs * (len(photos) // size), args.seed)
     torch.manual_seed(args.seed)

@@ -234,7 +234,12 @@ def settings_of(args: argparse.Namespace, processes: Processes, encoder: Encoder
     """What a run's results depend on."""
     chosen = {name: getattr(args, name) for name in RESULTS_DEPEND_ON}
     backbone = {"backbone": encoder.name, "arch": encoder.arch, "image_size": encoder.image_size}
-    backbone |= {"mean": list(encoder.mean), "std": list(encoder.std), "norm": encoder.settings.get("norm", "batch")}
+    backbone |= {
+        "stages": list(encoder.stages),
+        "mean": list(encoder.mean),
+        "std": list(encoder.std),
+        "norm": encoder.settings.get("norm", "batch"),
+    }
     data = {"data": found.name, "split": args.split.stem if args.split else None, "train_images": len(found.photos)}
     return {"task": "detection", **backbone, **data, **chosen, "processes": processes.size}
 

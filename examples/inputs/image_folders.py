@@ -13,10 +13,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import datasets
 from torchvision.datasets.utils import download_and_extract_archive
-from torchvision.transforms import v2
 from tqdm import tqdm
 
-from inputs.image_sets import DataError, Folder, Images, decoded
+from inputs.image_sets import DataError, Folder, Images, decoded, square
 from inputs.loading import loaded
 
 MEMORY = 2**31  # bytes; a set whose decoded images take more stays in its files
@@ -219,12 +218,11 @@ def gathered(found: Found, on_broken: OnBroken, workers: int, *, in_files: bool 
 def _pixels(part: Part, size: int, broken: list[str] | None) -> tuple[Tensor, Tensor]:
     """Pixels and labels; paths of images that cannot be read are added to `broken`, which without one are refused."""
     paths, labels = part
-    square = v2.Compose([v2.Resize(size, antialias=True), v2.CenterCrop(size)])
     pixels = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
     kept: list[int] = []
     for number, path in enumerate(_told(paths, "decoding")):
         try:
-            pixels[len(kept)] = square(decoded(path))
+            pixels[len(kept)] = square(decoded(path), size)
         except DataError:
             if broken is None:
                 raise

@@ -13,6 +13,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 MOST_CLASSES = 10**6  # a label beyond is none: each class gets weights where a classifier is trained
+LONGEST = 16  # times the shorter side, of an image that is resized as a whole
 
 
 class DataError(Exception):
@@ -102,12 +103,23 @@ class Folder:
 def decoded(path: str | Path, *, upright: bool = True) -> Tensor:
     """An image file's pixels, turned as its EXIF data say or as they lie in the file, uint8 RGB `(3, H, W)`."""
     try:
+        if Path(path).exists() and not Path(path).is_file():
+            raise OSError("it is no file")  # but a pipe, say, which would be waited for
         with Image.open(path) as image:
             turned = ImageOps.exif_transpose(image) if upright else image
             return v2.functional.pil_to_tensor(_eight_bits(turned).convert("RGB"))
     except Exception as problem:  # Pillow lets through whatever its decoders stumble over
         reason = " ".join(str(problem).split()) or type(problem).__name__
         raise DataError(f"{path} is no image that can be read ({reason})") from problem
+
+
+def square(image: Tensor, size: int, resized: int | None = None) -> Tensor:
+    """The middle of an image, `(3, size, size)`, after its shorter side was resized to `size`, or to `resized` pixels."""
+    if max(image.shape[1:]) > LONGEST * min(image.shape[1:]):  # resized as a whole it would fill the memory
+        image = v2.functional.center_crop(
+            image, [min(side, LONGEST * min(image.shape[1:])) for side in image.shape[1:]]
+        )
+    return v2.functional.center_crop(v2.functional.resize(image, [resized or size], antialias=True), [size])
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

@@ -10,9 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import v2
 
-from inputs.image_sets import DataError, Folder, Images
+from inputs.image_sets import DataError, Folder, Images, square
 from inputs.simclr import SimCLRViews
 from inputs.views import Views
 
@@ -140,8 +139,8 @@ class _Squares(Dataset[Tensor]):
 
     def __getitem__(self, indices: Tensor) -> Tensor:
         size = self.folder.size
-        square = v2.Compose([v2.Resize(round(size * RESIZED), antialias=True), v2.CenterCrop(size)])
-        return torch.stack([square(self.folder.read(self.part, index)) for index in indices.tolist()])
+        whole = [self.folder.read(self.part, index) for index in indices.tolist()]
+        return torch.stack([square(image, size, round(size * RESIZED)) for image in whole])
 
 
 @dataclass(frozen=True)

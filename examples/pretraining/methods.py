@@ -7,11 +7,21 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from backbones import Architecture, stage_features
+from backbones import Architecture, StageFeatures
 from inputs.images import DataError
 from torch import nn
 
-from locallearn import ConvMLPDecoder, InfoNCE, LocalWrapper, MLPDecoder, PlainConvDecoder, Plan, Soft, UpperOnly
+from locallearn import (
+    ConvMLPDecoder,
+    InfoNCE,
+    LocalWrapper,
+    MLPDecoder,
+    PlainConvDecoder,
+    Plan,
+    Soft,
+    TokenDecoder,
+    UpperOnly,
+)
 
 METHODS = ("simclr", "gim", "loco")
 
@@ -24,6 +34,7 @@ DECODERS: dict[str, Callable[[int], nn.Module]] = {
     "conv+mlp4": partial(ConvMLPDecoder, depth=4),
     "grid": partial(MLPDecoder, grid=2),  # not in Table 4: CLAPP++'s
     "1c2f": PlainConvDecoder,  # nor this: DGL's
+    "tokens": TokenDecoder,  # nor this: of transformers
 }
 DEPTHS: dict[str, int | None] = {"stage": 1, "network": None}  # how many of the stages above a decoder repeats
 
@@ -101,7 +112,7 @@ def copied_stages(architecture: Architecture, image_size: int, above: int, count
     """
     network = architecture.make(image_size).eval()
     example = torch.zeros(2, 3, image_size, image_size)
-    widths = [features.shape[1] for features in stage_features(network, architecture.stages, example)]
+    widths = [features.shape[1] for features in StageFeatures(network, architecture.stages)(example)]
     top = len(widths) - 1 if count is None else min(above + count, len(widths) - 1)
     if above == top:
         return ConvMLPDecoder(widths[top])

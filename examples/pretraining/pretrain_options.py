@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from backbones import ARCHITECTURES
+from backbones import NAMES as BACKBONES
+from backbones import cut, named, short
 from command_line import Parser, at_least, number_from
 from inputs.images import NAMES, DataError, Images
 
@@ -21,10 +22,12 @@ DEFAULT_ARCH = "presnet_small"
 DIGITS = 32  # pixels a side: 8 leave nothing to stages that halve them
 
 RESULTS_DEPEND_ON = (
-    *("data", "method", "overlap", "arch", "decoder", "sharing", "loss", "temperature", "norm", "sync_bn", "amp"),
-    *("optimizer", "lr", "weight_decay", "warm_up", "epochs", "batch_size", "accumulate", "augment_on", "seed"),
-    "log_every",
+    *("data", "method", "overlap", "arch", "stages", "decoder", "sharing", "loss", "temperature", "norm", "sync_bn"),
+    *("amp", "optimizer", "lr", "weight_decay", "warm_up", "epochs", "batch_size", "accumulate", "augment_on"),
+    *("seed", "log_every"),
 )
+# by others, where they are not said:
+IMPLIED = ("overlap", "method", "stages", "decoder", "lr", "weight_decay", "warm_up")
 
 
 def parser() -> Parser:
@@ -54,8 +57,20 @@ def parser() -> Parser:
     how_far.add_argument(
         "--overlap", type=int, metavar="N", help="stages that neighbouring units share, in place of --method"
     )
-    add("--arch", choices=list(ARCHITECTURES), default=DEFAULT_ARCH, help="the backbone (%(default)s)")
-    add("--decoder", choices=[*DECODERS, *DEPTHS], default="conv", help="the rows of Table 4 (%(default)s)")
+    add(
+        "--arch",
+        type=named,
+        default=DEFAULT_ARCH,
+        metavar="NAME",
+        help=f"the backbone: {BACKBONES} (%(default)s)",
+    )
+    add(
+        "--stages",
+        nargs="+",
+        metavar="STAGE",
+        help="submodules after which the stages end, or auto, as `locallearn plan` chooses them (those of the backbone; auto)",
+    )
+    add("--decoder", choices=[*DECODERS, *DEPTHS], help="the rows of Table 4, and others (conv; of tokens, tokens)")
     add("--sharing", choices=SHARINGS, default="hard", help="the rows of Table 5 (%(default)s)")
     add("--loss", choices=list(LOSSES), default="nt-xent", help="of the units; supcon takes labels (%(default)s)")
     add("--temperature", type=number_from(0, above=True), default=0.1, metavar="T", help="of the loss (%(default)s)")
@@ -91,10 +106,14 @@ def parser() -> Parser:
 def complete(args: argparse.Namespace, processes: Processes, images: Images) -> None:
     """Fill in what follows from other arguments (`args.implied` names it), and refuse what does not go together."""
     args.implied = [
-        name for name in ("overlap", "method", "lr", "weight_decay", "warm_up") if getattr(args, name) is None
+        name
+        for name in ("overlap", "method", "stages", "decoder", "lr", "weight_decay", "warm_up")
+        if getattr(args, name) is None
     ]
     count, parts = len(images.train_labels), processes.size * args.accumulate
-    stages = ARCHITECTURES[args.arch].stages
+    args.stages = None if args.stages == ["auto"] else args.stages
+    found, decoder = cut(args.arch, images.size, args.stages)
+    stages, args.stages, args.decoder = found.stages, list(found.stages), args.decoder or decoder
     args.overlap = overlap_of(args.method or "loco", len(stages)) if args.overlap is None else args.overlap
     args.method = args.method or {0: "gim", 1: "loco", len(stages) - 1: "simclr"}.get(
         args.overlap, f"overlap-{args.overlap}"
@@ -116,4 +135,4 @@ def complete(args: argparse.Namespace, processes: Processes, images: Images) -> 
     args.warm_up = min(10, args.epochs / 10) if args.warm_up is None else args.warm_up
     if args.warm_up > args.epochs:
         raise DataError(f"--warm-up {args.warm_up:g} is longer than the {args.epochs} epochs of the run")
-    args.out = args.out or Path("runs", f"{images.name}-{args.arch}-{args.method}")
+    args.out = args.out or Path("runs", f"{images.name}-{short(args.arch)}-{args.method}")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from backbones import ARCHITECTURES
+from backbones import architecture
 from command_line import read_lines, write
 from inputs.images import DataError
 from torch import Tensor, nn
@@ -53,18 +53,16 @@ def load(path: Path) -> Run:
     path = Path(path)
     directory = path if path.is_dir() else path.parent
     settings = read_settings(directory)
-    if settings["arch"] not in ARCHITECTURES:
-        raise DataError(f"{directory} trained {settings['arch']!r}; there are {', '.join(ARCHITECTURES)}")
+    found = architecture(settings["arch"], settings.get("stages"))
     weights = _weights(path)
-    architecture = ARCHITECTURES[settings["arch"]]
-    backbone = architecture.make(settings["image_size"])
+    backbone = found.make(settings["image_size"])
     if settings.get("norm") == "group":
         by_groups(backbone)
     try:
         backbone.load_state_dict(weights)
     except RuntimeError as problem:
         raise DataError(f"{path} holds weights of another architecture than {settings['arch']}") from problem
-    return Run(settings, backbone.eval(), architecture.stages, tuple(settings["mean"]), tuple(settings["std"]))
+    return Run(settings, backbone.eval(), found.stages, tuple(settings["mean"]), tuple(settings["std"]))
 
 
 def _weights(path: Path) -> dict[str, Tensor]:

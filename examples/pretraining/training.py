@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from backbones import ARCHITECTURES
+from backbones import FEATURES, architecture
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -69,13 +69,13 @@ class Training:
 
 def new_training(args: argparse.Namespace, image_size: int, steps: int) -> Training:
     """From the seed; the same backbone, and for a width the same decoder, for every method."""
-    architecture = ARCHITECTURES[args.arch]
+    cuts = architecture(args.arch, args.stages)
     torch.manual_seed(args.seed)
-    backbone = architecture.make(image_size).to(args.device)
-    freeze_above(backbone, architecture.stages[-1], image_size)
+    backbone = cuts.make(image_size).to(args.device)
+    freeze_above(backbone, cuts.stages[-1], image_size)
     model = wrapped(
         backbone,
-        architecture,
+        cuts,
         image_size,
         overlap=args.overlap,
         decoder=args.decoder,
@@ -108,7 +108,7 @@ def freeze_above(backbone: nn.Module, top: str, image_size: int) -> None:
     """Nothing trains what comes after the last cut, such as a classifier, so weight decay should not shrink it either."""
     outlets: list[Tensor] = []
     weights = list(backbone.parameters())
-    handle = backbone.get_submodule(top).register_forward_hook(lambda module, args, outlet: outlets.append(outlet))
+    handle = backbone.get_submodule(top).register_forward_hook(lambda m, a, outlet: outlets.append(FEATURES(outlet)))
     backbone.eval()(weights[0].new_zeros(2, 3, image_size, image_size))
     backbone.train()
     handle.remove()

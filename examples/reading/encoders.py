@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from backbones import ARCHITECTURES
+from backbones import NAMES as BACKBONES
+from backbones import cut, named, short
 from command_line import Parser, at_least, device
 from inputs.image_sets import Folder, Images
 from inputs.images import NAMES, DataError, load, tell, with_labels
@@ -46,7 +47,7 @@ def add_start_arguments(parser: Parser) -> None:
     add(
         "run", type=Path, nargs="?", metavar="RUN", help="a run's directory, its backbone.pt, or one of its checkpoints"
     )
-    add("--arch", choices=list(ARCHITECTURES), help="the backbone, where there is no RUN")
+    add("--arch", type=named, metavar="NAME", help=f"the backbone, where there is no RUN: {BACKBONES}")
     start = parser.add_mutually_exclusive_group()
     start.add_argument(
         "--weights", metavar="NAME", help="torchvision's of --arch: DEFAULT, IMAGENET1K_V1, ...; or a file"
@@ -149,8 +150,8 @@ def _of_run(args: argparse.Namespace) -> Encoder:
 def _of_torchvision(args: argparse.Namespace) -> Encoder:
     if not args.arch or not (args.weights or args.random):
         raise DataError("nothing to read out: give a RUN, or --arch with --weights or --random")
-    architecture = ARCHITECTURES[args.arch]
     size = args.image_size or (224 if args.weights else 32)
+    architecture, _ = cut(args.arch, 224 if args.weights else size)
     if args.random:
         torch.manual_seed(args.seed)
         backbone, statistics, weights = architecture.make(size), {"mean": HALF, "std": HALF}, f"random-{args.seed}"
@@ -160,7 +161,7 @@ def _of_torchvision(args: argparse.Namespace) -> Encoder:
             backbone.load_state_dict(_state_dict(args.arch, args.weights))
         except (RuntimeError, TypeError, AttributeError) as problem:
             raise DataError(f"{args.weights} does not hold the weights of torchvision's {args.arch}") from problem
-    name = f"{args.arch}-{weights}"
+    name = f"{short(args.arch)}-{weights}"
     directory = args.out or Path("runs", name)
     return Encoder(name, args.arch, backbone, architecture.stages, size, **statistics, directory=directory, settings={})
 
@@ -173,7 +174,7 @@ def _state_dict(arch: str, weights: str) -> dict[str, Tensor]:
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as problem:
             raise DataError(f"{weights} cannot be read as a file of weights") from problem
     try:
-        published = get_model_weights(arch)
+        published = get_model_weights(arch.removeprefix("torchvision:"))
         return published[weights].get_state_dict(progress=True, check_hash=True)
     except ValueError as problem:
         raise DataError(

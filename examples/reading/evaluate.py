@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
-from backbones import stage_features
+from backbones import StageFeatures
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -21,10 +21,11 @@ def stage_vectors(
     `batches` are images as the backbone takes them and their labels, `count` images in all.
     """
     training, vectors, labels = backbone.training, [[] for _ in stages], []
+    features = StageFeatures(backbone, stages)
     backbone.eval()
     with tqdm(total=count, unit="image", desc="features", leave=False, dynamic_ncols=True, delay=1) as progress:
         for images, batch_labels in batches:
-            for seen, outlet in zip(vectors, stage_features(backbone, stages, images), strict=True):
+            for seen, outlet in zip(vectors, features(images), strict=True):
                 seen.append(outlet.float().cpu())
             labels.append(batch_labels.cpu())
             progress.update(len(images))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import pickle
 import re
 import struct
@@ -350,6 +351,22 @@ def test_floats_of_an_unknown_range_are_refused(values: list[list[float]], tmp_p
         image_folders.decoded(tmp_path / "float.tif")
 
 
+def test_of_a_very_long_image_the_middle_is_resized_and_not_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    image, seen = torch.from_numpy(pixels(3, 2, 4000)), []
+    as_a_whole = functional.center_crop(functional.resize(image, [8]), [8])
+
+    def resize(part: Tensor, *args: Any, **options: Any) -> Tensor:
+        seen.append(tuple(part.shape))
+        return functional.resize_image(part, *args, **options)
+
+    monkeypatch.setattr(functional, "resize", resize)
+    for found, expected in ((image, as_a_whole), (image.mT, as_a_whole.mT)):
+        off = image_folders.square(found, 8).int() - expected.int()
+        assert off.abs().max() <= 1  # rounding
+    image_folders.square(image[:, :, :32], 8)
+    assert seen == [(3, 2, 32), (3, 32, 2), (3, 2, 32)]
+
+
 def test_damaged_images_are_one_line_with_their_name(tmp_path: Path) -> None:
     (tmp_path / "odd.ppm").write_bytes(b"P6 2 x 255 ")
     whole = tmp_path / "whole.png"
@@ -357,7 +374,8 @@ def test_damaged_images_are_one_line_with_their_name(tmp_path: Path) -> None:
     damaged = bytearray(whole.read_bytes())
     damaged[45] ^= 255
     (tmp_path / "odd.png").write_bytes(damaged)
-    for name in ("odd.ppm", "odd.png"):
+    os.mkfifo(tmp_path / "pipe.png")  # nobody writes into it
+    for name in ("odd.ppm", "odd.png", "pipe.png"):
         with pytest.raises(images.DataError, match=rf".*{name} is no image that can be read"):
             image_folders.decoded(tmp_path / name)
 

@@ -151,7 +151,7 @@ def test_the_methods_overlap_as_the_paper_says() -> None:
     assert [methods.overlap_of(name, 4) for name in methods.METHODS] == [3, 0, 1]
 
 
-@pytest.mark.parametrize("decoder", [*methods.DECODERS, *methods.DEPTHS])
+@pytest.mark.parametrize("decoder", [name for name in (*methods.DECODERS, *methods.DEPTHS) if name != "tokens"])
 def test_decoders_begin_alike_in_all_methods_and_leave_the_random_numbers_alone(decoder: str) -> None:
     wrappers = [tiny(decoder, overlap=overlap) for overlap in (0, 1, 2)]
     state = torch.get_rng_state()

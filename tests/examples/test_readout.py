@@ -379,7 +379,7 @@ def error_of(script: Any, *argv: Any, capsys: pytest.CaptureFixture[str]) -> str
         ("nowhere", "there is no nowhere"),
         ("empty", "empty is no run of pretrain.py: .*"),
         ("runs/loco --random", ".*runs/loco says itself what it is: leave out --arch, --weights and --random"),
-        ("--arch resnet7 --random", "argument --arch: invalid choice: 'resnet7' .*"),
+        ("--arch resnet7 --random", "argument --arch: expected resnet18, .*, got 'resnet7'; did you mean .*"),
         ("--arch small --weights DEFAULT", "torchvision has no weights of small: .*"),
         (
             "--arch resnet18 --weights BEST",
