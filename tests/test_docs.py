@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -116,3 +117,20 @@ def test_counted_figures_are_those_that_memory_prints(monkeypatch: pytest.Monkey
             assert gflop == pytest.approx(cost.flops / 1e9, rel=tolerance)
             assert peak == pytest.approx(cost.peak_bytes / 1e6, rel=tolerance)
             assert saved == pytest.approx(cost.saved_bytes / 1e6, rel=tolerance)
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_the_memory_report_is_what_its_snippet_prints() -> None:
+    page = (ROOT / "docs/how-it-works.md").read_text()
+    found = re.search(
+        r"(from torchvision.models import resnet50\n.*?)^```\n\n```\n(.*?)^```$", page, re.MULTILINE | re.DOTALL
+    )
+    assert found is not None
+    namespace: dict[str, Any] = {"torch": torch, "LocalWrapper": LocalWrapper}
+    exec(found[1], namespace)
+    named, printed = (
+        [re.split("  +", line.strip()) for line in text.splitlines()] for text in (found[2], str(namespace["report"]))
+    )
+    assert [name for name, *_ in named] == [name for name, *_ in printed]
+    for (*_, shown, _), (*_, counted, _) in zip(named[1:], printed[1:], strict=True):
+        assert float(shown.replace(",", "")) == pytest.approx(float(counted.replace(",", "")), rel=0.01)
