@@ -41,6 +41,7 @@ class Link(NamedTuple):
         whole: all that is returned, with forms in place of tensors.
         forms: those of all tensors in it that have a graph.
         places: theirs in the graph, which lives as long as a link does.
+        owners: what keeps it alive where a function of Python's made one of them, whose node does not.
         axis: of the channels of ``outlet``, if a module says it.
         noted: what ``note()`` returned at the end.
     """
@@ -52,6 +53,7 @@ class Link(NamedTuple):
     whole: Any
     forms: tuple[Form, ...]
     places: tuple[GradientEdge, ...]
+    owners: tuple[Any, ...]
     axis: int | None
     noted: Any
 
@@ -64,6 +66,7 @@ class _Call(NamedTuple):
     whole: Any
     forms: tuple[Form, ...]
     places: tuple[GradientEdge, ...]
+    owners: tuple[Any, ...]
     noted: Any
     passes: bool  # hands on what it was given, as Dropout does in eval mode
 
@@ -133,11 +136,23 @@ class _Forward:
                 return
             linked = [tensor for tensor in tensors(output) if tensor.grad_fn is not None]
             places = tuple(GradientEdge(tensor.grad_fn, tensor.output_nr) for tensor in linked)  # type: ignore[arg-type]
+            owners = tuple(_owner(tensor) for tensor in linked if isinstance(tensor.grad_fn, torch._C._FunctionBase))
             number = channels.number(read)
             passes = number == inlet and version(read) == before
             forms = tuple(map(_form, linked))
             self.calls.append(
-                _Call(names[module], inlet, number, _form(read), mapped(_form, output), forms, places, note(), passes)
+                _Call(
+                    names[module],
+                    inlet,
+                    number,
+                    _form(read),
+                    mapped(_form, output),
+                    forms,
+                    places,
+                    owners,
+                    note(),
+                    passes,
+                )
             )
 
         hooks, heard = attached(dict.fromkeys(names, enter), dict.fromkeys(names, leave)), channels.heard()
@@ -174,7 +189,18 @@ class _Forward:
             follows = block.inlet is not None and block.inlet == below and below not in passed
             axis = self._channels.axis(end.read.shape, end.outlet)
             chain.append(
-                Link(end.name, block.name, follows, end.read, end.whole, end.forms, end.places, axis, end.noted)
+                Link(
+                    end.name,
+                    block.name,
+                    follows,
+                    end.read,
+                    end.whole,
+                    end.forms,
+                    end.places,
+                    end.owners,
+                    axis,
+                    end.noted,
+                )
             )
             below = end.outlet if len(places) == 1 else None
         return chain
@@ -189,6 +215,12 @@ def _read(output: object, features: Features | None) -> Tensor | None:
     except Exception:  # noqa: BLE001 - most submodules return something else than those at which stages will end
         return None
     return read if read.grad_fn is not None else None
+
+
+def _owner(tensor: Tensor) -> Any:
+    """A node above the tensor's own, which keeps no tensor. See torch.autograd.graph.get_gradient_edge's ownership token."""
+    with torch.enable_grad():
+        return tensor.view_as(tensor).grad_fn
 
 
 def _form(tensor: Tensor) -> Form:
