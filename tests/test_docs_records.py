@@ -33,7 +33,6 @@ PAGES: dict[str, tuple[str, Callable[[Any], str]]] = {
 }
 # Tables of measured numbers that have no record yet, by page, with what measures them. To be emptied, never to be filled.
 UNRECORDED = {
-    "README.md": (1, "python examples/quickstart.py"),
     "docs/benchmarks/infonce.md": (3, "python benchmarks/infonce.py --write docs/benchmarks/infonce.md"),
     "docs/diagnosis.md": (1, "python benchmarks/monitor.py"),
     "docs/infonce.md": (1, "python benchmarks/infonce.py"),
@@ -66,6 +65,22 @@ def test_the_short_table_of_two_processes_is_that_of_the_record() -> None:
     found = re.search(r"<!-- benchmarks/scale.py -->\n(.*?)<!-- end -->", (DOCS / "scaling.md").read_text(), re.DOTALL)
     assert found is not None
     assert found[1] == scale_page.summary(record("benchmarks/scale"))
+
+
+def test_the_quickstarts_table_is_that_of_its_run() -> None:
+    """Accuracies are of 510 held-out digits, with their standard error."""
+    run = record("quickstart")
+    columns = "units | linear probe, % | kNN, % | peak activations, MB | GFLOP of a step"
+    lines = [f"| {run['epochs']} epochs of batch {run['batch_size']} | {columns} |", "|---|" + "--:|" * 5]
+    for name, (*accuracies, peak, flops) in run["table"].items():
+        units = str(len(run["losses"][name][0])) if name in run["losses"] else ""
+        shown = [f"{p:.1f} ± {(p * (100 - p) / 510) ** 0.5:.1f}" for p in accuracies]
+        costs = ["", ""] if peak is None else [f"{peak:.1f}", f"{flops:.2f}"]
+        lines.append(re.sub(" +", " ", f"| {name} | {units} | {' | '.join([*shown, *costs])} |"))
+    table = "\n".join(lines).replace("|  |", "| |")
+    assert f"<!-- examples/quickstart.py -->\n{table}\n<!-- end -->" in (ROOT / "README.md").read_text()
+    assert run["commit"]
+    assert run["torch"] in run["machine"] or run["torch"].split("+")[0] in run["machine"]
 
 
 def test_records_say_by_what_they_were_made() -> None:
