@@ -15,6 +15,7 @@ pytest.importorskip("timm", reason="the extra `examples` has timm")
 pytest.importorskip("transformers", reason="the extra `dev` has transformers")
 
 import gpu_page
+import infonce
 import many_units
 import overlap_curve
 import scale_page
@@ -25,6 +26,7 @@ from works.page import text as works_with
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "benchmarks/infonce": ("benchmarks/infonce", infonce.page),
     "benchmarks/gpu": ("benchmarks/on_gpu", gpu_page.text),
     "benchmarks/local_step": ("benchmarks/local_step", step_page.text),
     "benchmarks/many_units": ("benchmarks/many_units", many_units.page),
@@ -33,7 +35,6 @@ PAGES: dict[str, tuple[str, Callable[[Any], str]]] = {
 }
 # Tables of measured numbers that have no record yet, by page, with what measures them. To be emptied, never to be filled.
 UNRECORDED = {
-    "docs/benchmarks/infonce.md": (3, "python benchmarks/infonce.py --write docs/benchmarks/infonce.md"),
     "docs/diagnosis.md": (1, "python benchmarks/monitor.py"),
     "docs/infonce.md": (1, "python benchmarks/infonce.py"),
     "docs/reproduce.md": (3, "the commands below them"),
@@ -84,7 +85,7 @@ def test_the_quickstarts_table_is_that_of_its_run() -> None:
 
 
 def test_records_say_by_what_they_were_made() -> None:
-    for found in (record("benchmarks/scale"), record("benchmarks/many_units")):
+    for found in map(record, ("benchmarks/infonce", "benchmarks/many_units", "benchmarks/scale")):
         assert found["commit"]
         assert "torch" in found["machine"]
         assert found["command"].startswith("python benchmarks/")

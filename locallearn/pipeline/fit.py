@@ -134,9 +134,15 @@ def _made(optimizer: Callable[[list[nn.Parameter]], Made], fitted: Fitted) -> Ma
             f"rank {fitted.share.rank} has no weights for its optimizer; give it a stage or a decoder that is trained"
         )
     try:
-        return optimizer(fitted.weights)
+        made = optimizer(fitted.weights)
     except Exception as error:
         raise ValueError(f"optimizer= fails: {type(error).__name__}: {error}") from error
+    if not isinstance(made, torch.optim.Optimizer):
+        raise ValueError(f"optimizer= makes a torch.optim.Optimizer of the weights that it is given; got {made!r}")
+    ours = set(fitted.weights)
+    if any(weight not in ours for group in made.param_groups for weight in group["params"]):
+        raise ValueError("optimizer= has other weights than those that it is given, which are this rank's")
+    return made
 
 
 def _fitted(model: LocalWrapper, ranks: Sequence[int], mode: str, group: Any, example: Any) -> Fitted:

@@ -302,6 +302,8 @@ def refused(rank: int) -> dict[str, str]:
         "eager": tried(CASES["overlap 2"].build(), [3, 2], mode="eager"),
         "schedule": tried(wrapped(schedule=fused)),
         "optimizer": error(lambda: Pipeline(loco.build(), [2, 2], sgd if rank == 0 else adamw_of_nothing)),
+        "no optimizer": error(lambda: Pipeline(loco.build(), [2, 2], lambda weights: None)),  # type: ignore[arg-type]
+        "others": error(lambda: Pipeline(loco.build(), [2, 2], lambda weights: sgd([nn.Parameter(torch.ones(1))]))),
         "width": tried(wrapped(decoder=lambda width: MLPDecoder(width, out_features=4 + rank))),
         "one rank": tried(loco.build(), [2, 2] if rank else [3, 1]),
     }
@@ -446,6 +448,8 @@ REFUSALS = {
     "rows of a group": "InfoNCE takes other ranks' rows, which are of other stages in a pipeline",
     "schedule": "a pipeline has an order of its own, and takes no schedule=",
     "optimizer": "on rank 1: optimizer= fails: ValueError: no learning rate",
+    "no optimizer": "optimizer= makes a torch.optim.Optimizer of the weights that it is given; got None",
+    "others": "optimizer= has other weights than those that it is given",
     "width": "ranks [1] have built another model than rank 0",
     "load": "call flush() first",
     "unfrozen": "frozen when the pipeline was built, and now it is trained",
