@@ -6,6 +6,7 @@ A script's page is its own docstring and its own source, so that none can differ
 from __future__ import annotations
 
 import ast
+import os
 import re
 import shutil
 from pathlib import Path
@@ -36,24 +37,15 @@ def page_of(script: Path) -> str:
     return f"# {script.relative_to(EXAMPLES).as_posix()}\n\n{text}\n\n{take}\n\n{show}\n"
 
 
-def readme(path: Path, listed: list[str]) -> str:
-    """A README, its links leading to pages where there are such, and what is listed below it."""
+def readme(path: Path, page: Path, listed: list[str]) -> str:
+    """What a README's page says: its links lead to pages where there are such, and what is listed stands below."""
+    made = {(EXAMPLES / name).resolve(): f"{stem}.md" for name, stem in READMES.items()}
+    made |= {script.resolve(): script.relative_to(EXAMPLES).with_suffix(".md").as_posix() for script in scripts()}
 
     def one(match: re.Match[str]) -> str:
-        target, anchor = (path.parent / match[1]).resolve(), match[2] or ""
-        known = {(EXAMPLES / name).resolve(): page for name, page in READMES.items()}
-        if target in known:
-            there = EXAMPLES / f"{known[target]}.md"
-        elif target in map(Path.resolve, scripts()):
-            there = target.with_suffix(".md")
-        else:  # seen from docs/examples/, one folder deeper
-            there = ROOT / "examples" / ".." / target.relative_to(ROOT)
-            deep = "/".join([".."] * (len(path.relative_to(EXAMPLES).parts) + 1))
-            inside = target.relative_to(ROOT / "docs") if target.is_relative_to(ROOT / "docs") else None
-            away = f"{deep[3:]}/{inside.as_posix()}" if inside else f"{deep}/{target.relative_to(ROOT).as_posix()}"
-            return f"]({away}{anchor})"
-        away = Path("/".join([".."] * (len(path.relative_to(EXAMPLES).parts) - 1)), there.relative_to(EXAMPLES))
-        return f"]({away.as_posix()}{anchor})"
+        target = (path.parent / match[1]).resolve()
+        there = ROOT / "docs/examples" / made[target] if target in made else target
+        return f"]({Path(os.path.relpath(there, page.parent)).as_posix()}{match[2] or ''})"
 
     contents = "\n".join(listed)
     return f"{LINK.sub(one, path.read_text())}\n```{{toctree}}\n:caption: Scripts\n\n{contents}\n```\n"
@@ -70,8 +62,9 @@ def write_pages(app: Sphinx) -> None:
         page.write_text(page_of(script))
     below = [name.removeprefix("detection/") for name in names if name.startswith("detection/")]
     above = [name for name in names if not name.startswith("detection/")]
-    (folder / "detection/index.md").write_text(readme(EXAMPLES / "detection/README.md", below))
-    (folder / "index.md").write_text(readme(EXAMPLES / "README.md", [*above, "detection/index"]))
+    for (name, stem), listed in zip(READMES.items(), ([*above, "detection/index"], below), strict=True):
+        page = folder / f"{stem}.md"
+        page.write_text(readme(EXAMPLES / name, page, listed))
 
 
 def setup(app: Sphinx) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -131,6 +131,18 @@ class Labelled(nn.Module):
         return sum(losses) * targets["weight"]  # type: ignore[return-value]
 
 
+def beside(one: LocalWrapper, pipe: Pipeline, batches: Sequence[Sequence[Tensor]]) -> float:
+    """The largest difference of a pipeline to one process, after a step on each of these batches."""
+    optimizer = sgd([*one.parameters()])
+    for given in batches:
+        one.local_step(*given)
+        pipe.step(*given)
+        optimizer.step()
+        optimizer.zero_grad()
+    pipe.flush()
+    return off(pipe, one)
+
+
 def supervised(rank: int) -> float:
     def build() -> LocalWrapper:
         torch.manual_seed(0)
@@ -161,17 +173,8 @@ def function(rank: int) -> float:
         loss = lambda a, b: info_nce(a, b, temperature=0.5, **options)  # noqa: E731
         return LocalWrapper(net, [0, 1, 2, 3], decoder=small, example=torch.rand(2, 3, 8, 8), loss=loss)
 
-    one = build(gather=False)
-    optimizer = sgd([*one.parameters()])
     pipe = Pipeline(build(), [2, 2], sgd, example=torch.rand(2, 3, 8, 8), timeout=timedelta(seconds=60))
-    for step in range(3):
-        given = CASES["loco"].views(step, 4)
-        one.local_step(*given)
-        pipe.step(*given)
-        optimizer.step()
-        optimizer.zero_grad()
-    pipe.flush()
-    return off(pipe, one)
+    return beside(build(gather=False), pipe, [CASES["loco"].views(step, 4) for step in range(3)])
 
 
 def untrained(rank: int) -> bool:
@@ -217,16 +220,9 @@ def in_bf16(rank: int) -> tuple[float, int, int]:
 def channels_last(rank: int) -> float:
     case = CASES["resnet50"]
     one = single(case).to(memory_format=torch.channels_last)
-    optimizer = sgd([*one.parameters()])
     pipe = Pipeline(case.build().to(memory_format=torch.channels_last), [2, 2], sgd, example=torch.rand(2, 3, 32, 32))
-    for step in range(2):
-        given = [view.contiguous(memory_format=torch.channels_last) for view in case.views(step, 4)]
-        one.local_step(*given)
-        pipe.step(*given)
-        optimizer.step()
-        optimizer.zero_grad()
-    pipe.flush()
-    return off(pipe, one)
+    views = [[v.contiguous(memory_format=torch.channels_last) for v in case.views(step, 4)] for step in range(2)]
+    return beside(one, pipe, views)
 
 
 def held(rank: int) -> tuple[set[str], int, int]:
