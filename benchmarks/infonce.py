@@ -400,6 +400,11 @@ def precisions() -> Iterator[str]:
         yield f"| {name} | {temperature} | {noise[0]} | " + " | ".join(f"{error:.1e}" for error in errors) + " |"
 
 
+def half_precision(record: dict[str, Any]) -> str:
+    """What `precisions` wrote, for docs/infonce.md."""
+    return "\n".join(record["precisions"]) + "\n"
+
+
 def equalities() -> Iterator[str]:
     """Write relative differences of value and gradient from the other libraries' losses, in float64, N = 48."""
     yield "| form | loss | value | gradient |"

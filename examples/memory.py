@@ -46,10 +46,12 @@ from counting.step_costs import (
     predicted,
     size,
 )
+from curves.costs import machine
 from drawing.figure_style import FAINT, METHODS, STYLE
 from inputs.image_sets import DataError
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from pretraining.runs import commit
 from rich.box import SIMPLE_HEAVY
 from rich.console import Console
 from rich.table import Table
@@ -266,13 +268,13 @@ def show(tables: Tables) -> None:
         console.print(table, end="\n\n")
 
 
-def markdown(tables: Tables) -> str:
+def markdown(rows: Sequence[MethodRow]) -> str:
     """The methods as README.md has them."""
     lines = ["| training | GFLOP | | peak, MB | less by | saved, MB | less by |", "|---|--:|--:|--:|--:|--:|--:|"]
     lines += [
         f"| {row.method} | {row.gflop:,.0f} | {row.flops_relative:.2f}x "
         f"| {megabytes(row.peak_bytes)} | {row.peak_saving:.2f}x | {megabytes(row.saved_bytes)} | {row.saved_saving:.2f}x |"
-        for row in tables.methods
+        for row in rows
     ]
     return "\n".join(lines)
 
@@ -311,7 +313,7 @@ def write_csv(rows: Sequence[StageRow | DecoderRow | MethodRow], path: Path) -> 
 
 def save(tables: Tables, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    everything = {"torch": torch.__version__, **asdict(tables)}
+    everything = {"torch": torch.__version__, "commit": commit(), "machine": machine(torch.device("cpu")), **asdict(tables)}
     write(out / "memory.json", lambda path: path.write_text(json.dumps(everything, indent=1) + "\n"))
     for name in ("stages", "decoders", "methods"):
         write(out / f"{name}.csv", partial(write_csv, getattr(tables, name)))
@@ -345,7 +347,7 @@ def run(args: argparse.Namespace) -> None:
     width = args.decoder_width or DECODER_WIDTHS.get(args.arch)
     tables = count(Setting(args.arch, args.batch_size, image_size, width))
     if args.markdown:
-        print(markdown(tables))
+        print(markdown(tables.methods))
     else:
         show(tables)
     if args.out:

@@ -5,7 +5,7 @@ every setting of it, by labels and by contrast, over several seeds and with the 
 views for all rows of a curve, and draws what each reaches against the memory that its step takes. Where the gap is largest
 is known: ResNet-32 on CIFAR-10, cut into 16, errs on 24.6 % when trained greedily and on 7.4 % end to end (InfoPro's Table 2;
 HPFF, which adds overlap 1, wins half of that back). `--preset gpu` is that setting; `--preset cpu`, the default, is a small
-one, a few minutes a run on one core; `--preset gpu-short` is between (written for half an hour on one card, not tried there).
+one, a few minutes a run on one core; `--preset gpu-short` is between (two of its curves took six minutes on an H200, 14 runs at a time).
 
     python examples/overlap_curve.py --data data/cifar10.npz --threads 1            # start it twice: two runs at a time
     python examples/overlap_curve.py --data cifar10 --download --preset gpu --jobs 14   # share the card; best with MPS
@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -194,30 +193,17 @@ def gather(out: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def report(paths: Sequence[Path], curves: Sequence[str] | None, out: Path, page: Path | None = None) -> None:
-    """Of all lines in these files, of results and of times; of some curves or all. The tables go into a page if there is one."""
+def report(paths: Sequence[Path], curves: Sequence[str] | None, out: Path) -> None:
+    """Of all lines in these files, of results and of times; of some curves or all."""
     found = [line for path in paths if path.is_file() for line in read_lines(path)]
     lines = [line for line in found if "curve" in line and (not curves or line["curve"] in curves)]
     if not any("accuracy" in line for line in lines):
         raise DataError(f"there is no finished run in {' or '.join(map(str, paths))}")
     out.mkdir(parents=True, exist_ok=True)
-    tables = page or out / "overlap_curve.md"
-    text = markdown(lines) if page is None else with_tables(page, markdown(lines))
-    write(tables, lambda path: path.write_text(text))
+    write(out / "overlap_curve.md", lambda path: path.write_text(markdown(lines)))
     write(out / "overlap_curve.png", partial(draw_curves, lines))
     show(lines)
-    print(f"wrote {tables} and {out}/overlap_curve.png")
-
-
-def with_tables(page: Path, tables: str) -> str:
-    """The page with these tables in the place of those that it has."""
-    place = re.compile(r"^(<!-- examples/overlap_curve\.py .*? -->\n).*?^(<!-- end -->)$", re.MULTILINE | re.DOTALL)
-    text, count = place.subn(lambda match: match[1] + tables + match[2], page.read_text())
-    if count != 1:
-        raise DataError(
-            f"{page} needs one place for the tables, from <!-- examples/overlap_curve.py ... --> to <!-- end -->"
-        )
-    return text
+    print(f"wrote overlap_curve.md and overlap_curve.png to {out}")
 
 
 # ---------------------------------------------------------------------------------------------------- from start to finish
@@ -225,7 +211,7 @@ def with_tables(page: Path, tables: str) -> str:
 
 def run(args: argparse.Namespace, argv: list[str]) -> int:
     if args.report:
-        report(args.report, args.curves, args.out or args.report[0].parent, args.page)
+        report(args.report, args.curves, args.out or args.report[0].parent)
         return 0
     args.out = args.out or Path("runs/overlap_curve")
     if args.jobs > 1:
@@ -318,7 +304,6 @@ def parser() -> Parser:
     add("--commit", metavar="HASH", help="to be noted in the results, where this script lies outside of its repository")
     add("--times", type=at_least(1), metavar="N", help="train nothing: the time of N steps of each row, to times.jsonl")
     add("--report", type=Path, nargs="+", metavar="JSONL", help="train nothing: table and figure of these lines")
-    add("--page", type=Path, metavar="MD", help="with --report: put the tables into this page")
     add("--out", type=Path, metavar="DIR", help="where the runs go (runs/overlap_curve)")
     return result
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import compress
 from typing import Any
@@ -116,6 +116,12 @@ def difference(ours: Point, base: Point) -> tuple[float, float | None] | None:
     return statistics.fmean(more), float(half)
 
 
+def mean_and_spread(values: Collection[float]) -> str:
+    """The mean ± the standard deviation, which a single value has not."""
+    mean = f"{statistics.fmean(values):.1f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.1f}"
+
+
 def batch_in(budget: int, point: Point) -> int:
     """How many images a step may have whose peak stays within `budget` bytes: it grows with them in a straight line."""
     return point.batch_size + int((budget - point.peak) // point.peak_per_image)
@@ -134,7 +140,7 @@ def cells(rows: Sequence[Point], narrow: bool = False) -> tuple[list[str], list[
         trained = row.row != START
         line = [row.name, str(row.units) if trained else ""]
         line += [f"{row.accuracies[seed]:.1f}" if seed in row.accuracies else "" for seed in seeds]
-        line.append(f"{row.mean:.1f}" + ("" if row.spread is None else f" ± {row.spread:.1f}"))
+        line.append(mean_and_spread(row.accuracies.values()))
         more = difference(row, greedy) if greedy and trained and row is not greedy else None
         line.append("" if more is None else f"{more[0]:+.1f}" + ("" if more[1] is None else f" ± {more[1]:.1f}"))
         line += [f"{row.peak / 1e6:.0f}", f"{row.peak_recomputed / 1e6:.0f}"] if trained else ["", ""]
@@ -167,6 +173,17 @@ def markdown(lines: Sequence[dict[str, Any]]) -> str:
         text += [f"| {' | '.join(headings)} |", f"|---|{'--:|' * (len(headings) - 1)}"]
         text += [*(f"| {' | '.join(line)} |" for line in body), ""]
     return "\n".join(text)
+
+
+def markdown_of_stages(lines: Sequence[dict[str, Any]], curve: str) -> str:
+    """The read-out of every stage in a curve's rows, mean and standard deviation over the seeds."""
+    stages = next(len(line["stages"]) for line in lines if line["curve"] == curve and "accuracy" in line)
+    text = [f"| overlap | {' | '.join(f'stage {stage + 1}' for stage in range(stages))} |", f"|---|{'--:|' * stages}"]
+    for row in points(lines)[curve]:
+        runs = [line for line in lines if (line["curve"], line["row"]) == (curve, row.row) and "accuracy" in line]
+        by_stage = zip(*(run["stages_accuracy"] for run in runs), strict=True)
+        text.append(f"| {row.name} | {' | '.join(mean_and_spread([100 * a for a in found]) for found in by_stage)} |")
+    return "\n".join([*text, ""])
 
 
 def show(lines: Sequence[dict[str, Any]]) -> None:

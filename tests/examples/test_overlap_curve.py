@@ -392,36 +392,6 @@ def test_the_report_needs_nothing_but_lines_of_results(tmp_path: Path) -> None:
     assert (tmp_path / "page/overlap_curve.png").stat().st_size > 10_000
 
 
-def test_tables_are_put_into_a_page_in_the_place_of_those_it_has(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    page, lines = tmp_path / "page.md", tmp_path / "lines.jsonl"
-    lines.write_text(json.dumps(line("0", 0, 0.4)) + "\n")
-    start, end = (
-        "# Title\n\n<!-- examples/overlap_curve.py --report lines.jsonl -->\n",
-        "<!-- end -->\n\n<!-- end -->\nrest\n",
-    )
-    page.write_text(f"{start}old\n{end}")
-    for _ in range(2):
-        assert overlap_curve.main(["--report", str(lines), "--page", str(page)]) == 0
-        assert page.read_text() == start + results.markdown([line("0", 0, 0.4)]) + end
-    assert not (tmp_path / "overlap_curve.md").exists()
-    page.write_text("# Title\n")
-    with pytest.raises(SystemExit):
-        overlap_curve.main(["--report", str(lines), "--page", str(page)])
-    assert "page.md needs one place for the tables" in capsys.readouterr().err
-
-
-PAGE = re.compile(r"^<!-- examples/overlap_curve.py --report (\S+) -->\n(.*?)^<!-- end -->$", re.MULTILINE | re.DOTALL)
-
-
-def test_the_tables_of_the_docs_are_those_of_their_lines_of_results(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()  # the presets as they are
-    ((path, tables),) = PAGE.findall((ROOT / "docs/reproduce.md").read_text())
-    lines = [json.loads(text) for text in (ROOT / path).read_text().splitlines()]
-    assert tables.strip() == results.markdown(lines).strip()
-
-
 @pytest.mark.parametrize(
     ("more", "message"),
     [
