@@ -29,7 +29,8 @@ def _lines(results: dict[str, Any]) -> Iterator[str]:
     yield ""
     yield "Written by `python benchmarks/on_gpu.py --page docs/benchmarks` from `on_gpu.json`."
     hardware = sorted({found["hardware"] for found in results.values()})
-    yield f"Measured on {'; and on '.join(hardware)}."
+    commits = sorted({found.get("commit", "unknown") for found in results.values()})
+    yield f"Measured on {'; and on '.join(hardware)}; commit {', '.join(commits)}."
     yield ""
     if "tests" in results:
         counts = results["tests"]["counts"]

@@ -379,7 +379,7 @@ def accuracy(every: list[Row]) -> Iterator[str]:
 
 def precisions() -> Iterator[str]:
     """Write relative errors of the gradient of half-precision inputs, N = 256, D = 128, against float64 of the same."""
-    yield "| input | temperature | pairs | precision='single' | precision='input' | plain torch | rounding of the result |"
+    yield '| input | temperature | pairs | `precision="single"` | `"input"` | plain torch | rounding of the result |'
     yield "|" + "---|" * 7
     for dtype, temperature, noise in itertools.product(
         (torch.bfloat16, torch.float16), (0.1, 0.02), {"random": 100, "related": 1, "aligned": 0.1}.items()

@@ -33,7 +33,7 @@ from pathlib import Path
 import torch
 from gpu_page import page
 from gpu_pieces import Found, Piece, pieces
-from hardware import machine
+from hardware import commit, machine
 
 
 def seconds(text: str) -> float:
@@ -113,7 +113,8 @@ def measured(piece: Piece, device: str, left: float) -> Found:
         found = {"error": f"{type(error).__name__}: {error}", "holds": False}
     if device == "cuda":
         torch.cuda.empty_cache()
-    return {**found, "device": device, "hardware": machine(device), "seconds": time.monotonic() - began}
+    about = {"device": device, "hardware": machine(device), "commit": commit(), "seconds": time.monotonic() - began}
+    return {**found, **about}
 
 
 def write(path: Path, found: Found) -> None:

@@ -11,14 +11,12 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
-DOCS = ROOT / "docs"
-sys.path.insert(0, str(ROOT / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import gpu_page
 import infonce
@@ -30,6 +28,9 @@ import step_page
 from command_line import write
 from curves.results import markdown, markdown_of_stages
 from works.page import text as works_with
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
 
 
 class Place(NamedTuple):
@@ -78,7 +79,7 @@ WHOLE: dict[str, tuple[str, Callable[[Any], str]]] = {
     "docs/works-with.md": ("works-with.json", works_with),
 }
 CURVES = "reproduce/overlap_curve.jsonl"
-STAGES = "contrastive-6-conv"
+STAGES = "contrastive-6-short"
 PLACES = (
     Place("README.md", "examples/quickstart.py", "quickstart/seed-0.json", quickstart),
     Place("README.md", "examples/memory.py --arch resnet50", "memory/resnet50.json", steps),
@@ -91,8 +92,11 @@ PLACES = (
     Place("docs/infonce.md", "benchmarks/infonce.py", "benchmarks/infonce.json", infonce.half_precision),
     Place("docs/scaling.md", "benchmarks/scale.py", "benchmarks/scale.json", scale_page.summary),
     Place("docs/reproduce.md", "examples/overlap_curve.py", CURVES, markdown),
-    Place("docs/reproduce.md", "examples/overlap_curve.py, every stage", CURVES, partial(markdown_of_stages, curve=STAGES)),
+    Place(
+        "docs/reproduce.md", "examples/overlap_curve.py, every stage", CURVES, partial(markdown_of_stages, curve=STAGES)
+    ),
 )
+PAGES = (*WHOLE, *dict.fromkeys(place.page for place in PLACES))
 
 
 def record(name: str) -> Any:
@@ -115,19 +119,20 @@ def put(text: str, place: Place) -> str:
     return text
 
 
-def pages() -> Iterator[tuple[str, str]]:
-    """Every page that holds measured tables, with the text that it should have."""
-    for page, (name, text) in WHOLE.items():
-        yield page, text(record(name))
-    for page in dict.fromkeys(place.page for place in PLACES):
-        text = (ROOT / page).read_text()
-        for place in (place for place in PLACES if place.page == page):
-            text = put(text, place)
-        yield page, text
+def made(page: str) -> str:
+    """The text that a page should have."""
+    if page in WHOLE:
+        name, text = WHOLE[page]
+        return text(record(name))
+    text = (ROOT / page).read_text()
+    for place in (place for place in PLACES if place.page == page):
+        text = put(text, place)
+    return text
 
 
 def main() -> None:
-    for page, text in pages():
+    for page in PAGES:
+        text = made(page)
         if (ROOT / page).read_text() != text:
             write(ROOT / page, lambda path, text=text: path.write_text(text))
             print(f"wrote {page}")

@@ -313,7 +313,12 @@ def write_csv(rows: Sequence[StageRow | DecoderRow | MethodRow], path: Path) -> 
 
 def save(tables: Tables, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    everything = {"torch": torch.__version__, "commit": commit(), "machine": machine(torch.device("cpu")), **asdict(tables)}
+    everything = {
+        "torch": torch.__version__,
+        "commit": commit(),
+        "machine": machine(torch.device("cpu")),
+        **asdict(tables),
+    }
     write(out / "memory.json", lambda path: path.write_text(json.dumps(everything, indent=1) + "\n"))
     for name in ("stages", "decoders", "methods"):
         write(out / f"{name}.csv", partial(write_csv, getattr(tables, name)))

@@ -5,7 +5,8 @@ every setting of it, by labels and by contrast, over several seeds and with the 
 views for all rows of a curve, and draws what each reaches against the memory that its step takes. Where the gap is largest
 is known: ResNet-32 on CIFAR-10, cut into 16, errs on 24.6 % when trained greedily and on 7.4 % end to end (InfoPro's Table 2;
 HPFF, which adds overlap 1, wins half of that back). `--preset gpu` is that setting; `--preset cpu`, the default, is a small
-one, a few minutes a run on one core; `--preset gpu-short` is between (two of its curves took six minutes on an H200, 14 runs at a time).
+one, a few minutes a run on one core; `--preset gpu-short` is between (two of its curves took six minutes on an H200, 14 runs
+at a time).
 
     python examples/overlap_curve.py --data data/cifar10.npz --threads 1            # start it twice: two runs at a time
     python examples/overlap_curve.py --data cifar10 --download --preset gpu --jobs 14   # share the card; best with MPS
