@@ -110,9 +110,10 @@ def against_given(views: Sequence[Tensor], others: Tensor, how: Settings) -> tup
 
 
 def _may_be_kept(views: Sequence[Tensor], how: Settings) -> bool:
-    """Whether the whole matrix is no larger than a tile would be, and the rest as `Kept` wants it."""
+    """Whether the whole matrix is small, and the rest as `Kept` wants it."""
     rows = views[0].shape[0] * (2 if how.form == "nt-xent" else 1)
-    return len(views) == 2 and how.tile is None and how.bounded and rows <= _default_tile(views[0])
+    most = 1024 if views[0].device.type == "cpu" else 4096
+    return len(views) == 2 and how.tile is None and how.bounded and rows <= most
 
 
 def _met(form: str, views: int) -> list[tuple[int, int]]:
@@ -135,5 +136,5 @@ def _twins(rows: Sequence[Tensor], anchors: int) -> tuple[Tensor, Tensor | float
 
 
 def _default_tile(rows: Tensor) -> int:
-    """Choose a tile that stays in the cache of a CPU core, or that fills a GPU."""
-    return 512 if rows.device.type == "cpu" else 4096
+    """Choose a tile that stays in the cache of a CPU and is worth sharing among its cores, or that fills a GPU."""
+    return 768 if rows.device.type == "cpu" else 4096

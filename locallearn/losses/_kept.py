@@ -1,4 +1,4 @@
-"""Two views whose matrix is no larger than a tile: it is kept for the backward, which then need not multiply again.
+"""Two views whose matrix is small: it is kept for the backward, which then need not multiply again.
 
 one-way: a looks at b        two-way: both ways       NT-Xent: [a, b] looks at itself, symmetric
     b                            b                            a     b

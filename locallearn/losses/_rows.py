@@ -42,7 +42,7 @@ def unit(x: Tensor, temperature: float | Tensor, plainly: bool = False) -> Tenso
 
 def _largest(x: Tensor) -> Tensor:
     """Return what to divide by, so that squares neither overflow nor vanish: a norm is at least one then, or zero."""
-    largest: Tensor = torch.linalg.vector_norm(x.detach(), math.inf, dim=-1, keepdim=True)
+    largest = x.detach().abs().amax(-1, keepdim=True)  # vector_norm(x, inf) takes 17 times as long
     return largest.masked_fill(largest == 0, math.inf)
 
 
