@@ -51,8 +51,10 @@ def status_of(
         line = _foreseen(problem, args)
         if line is None:
             raise
-    if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun starts, the first says it for all
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
         arguments.error(line)
+    print(f"rank {rank}: {line}", file=sys.stderr)  # torchrun's others may have a problem of their own
     return 2
 
 

@@ -83,11 +83,11 @@ def test_an_interrupt_is_one_line_and_status_130(capsys: pytest.CaptureFixture[s
     assert ended(raises(KeyboardInterrupt()), capsys) == (130, "\nstopped; go on\n")
 
 
-def test_of_several_processes_the_first_says_it(
+def test_of_several_processes_each_says_its_own(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", "1")
-    assert ended(raises(DataError("there is no photos")), capsys) == (2, "")
+    assert ended(raises(DataError("there is no photos")), capsys) == (2, "rank 1: there is no photos\n")
 
 
 def test_a_mistake_of_the_scripts_own_keeps_its_traceback(capsys: pytest.CaptureFixture[str]) -> None:

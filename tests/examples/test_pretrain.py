@@ -629,7 +629,7 @@ def test_a_checkpoint_of_another_architecture_is_one_line(
     assert line == f"the newest checkpoint of {out} is not one of this run"
 
 
-def test_more_processes_than_images_of_a_batch_is_one_line_of_the_first_process(
+def test_more_processes_than_images_of_a_batch_is_one_line_of_each(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "16")
@@ -637,7 +637,7 @@ def test_more_processes_than_images_of_a_batch_is_one_line_of_the_first_process(
     assert line.startswith("--batch-size 8 cannot be shared by 16 processes")
     monkeypatch.setenv("RANK", "5")
     assert pretrain.main(arguments(data, tmp_path / "out")) == 2
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err == f"rank 5: {line}\n"
 
 
 def test_each_process_has_a_gpu_of_its_own_or_says_that_there_are_too_few(monkeypatch: pytest.MonkeyPatch) -> None:
