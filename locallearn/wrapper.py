@@ -297,4 +297,4 @@ class LocalWrapper(nn.Module):
             penalty = self.sharing.penalty(self.decoders, stages)
             self.penalty = None if penalty is None else penalty.detach()
             if accumulator is not None and penalty is not None and penalty.requires_grad:
-                accumulator.push(penalty if grad_scale is None else penalty * grad_scale, leaves(penalty), ())
+                accumulator.push([penalty if grad_scale is None else penalty * grad_scale], leaves(penalty), ())

@@ -34,6 +34,7 @@ INSIDE = {  # likewise within a wing
         {"writes"},
         {"sameness", "gradients"},
         {"segment"},
+        {"engine"},
         {"undo", "hooks", "named", "trees", "uncompiled", "draws"},
     ],
     "_fitting": [

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
+from locallearn._walk.engine import backward, grad
 from locallearn._walk.segment import Flow, flow
 from locallearn._walk.undo import Reverted
 from locallearn.distributed import Reduction, in_use
 
-Roots: TypeAlias = Tensor | Sequence[Tensor]
-
 
 class Accumulator(Protocol):
-    """Runs a backward from ``roots``, a scalar or tensors at which the gradients are ``gradients``, into ``weights``."""
+    """Runs a backward from ``roots``, at which the gradients are ``gradients``, or from one scalar, into ``weights``."""
 
     def push(
         self,
-        roots: Roots,
+        roots: Sequence[Tensor],
         weights: Sequence[Tensor],
         inlets: Sequence[Tensor],
         gradients: Sequence[Tensor] | None = None,
@@ -37,13 +36,13 @@ class Accumulate:
 
     def push(
         self,
-        roots: Roots,
+        roots: Sequence[Tensor],
         weights: Sequence[Tensor],
         inlets: Sequence[Tensor],
         gradients: Sequence[Tensor] | None = None,
     ) -> Flow:
         if inputs := [*weights, *inlets]:
-            torch.autograd.backward(roots, gradients, inputs=inputs)
+            backward(roots, gradients, inputs)
         at_inlets = flow([inlet.grad for inlet in inlets])
         for inlet in inlets:
             inlet.grad = None
@@ -59,7 +58,7 @@ class Reduce(Accumulate):
     @override
     def push(
         self,
-        roots: Roots,
+        roots: Sequence[Tensor],
         weights: Sequence[Tensor],
         inlets: Sequence[Tensor],
         gradients: Sequence[Tensor] | None = None,
@@ -77,7 +76,7 @@ class Collect:
 
     def push(
         self,
-        roots: Roots,
+        roots: Sequence[Tensor],
         weights: Sequence[Tensor],
         inlets: Sequence[Tensor],
         gradients: Sequence[Tensor] | None = None,
@@ -86,7 +85,7 @@ class Collect:
             return []
         off = _hooks_off(weights)
         with off, off:
-            found = list(torch.autograd.grad(roots, inputs, gradients, allow_unused=True))
+            found = list(grad(roots, gradients, inputs))
         at_inlets = flow(found[len(weights) :])
         for weight, gradient in zip(weights, found, strict=False):
             if gradient is not None:

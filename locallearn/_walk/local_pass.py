@@ -204,7 +204,7 @@ class LocalPass:
             return []
         weights = leaves(loss, beyond=inlets)
         self._isolation.claim_unit(weights)
-        return self._accumulator.push(loss if self._scale is None else loss * self._scale, weights, inlets)
+        return self._accumulator.push([loss if self._scale is None else loss * self._scale], weights, inlets)
 
     def _walk(self, k: int, flow: Flow) -> None:
         """Takes a unit's gradient from the outlet of its last stage down to its lowest one; ``flow`` is its only holder.

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from locallearn._walk.engine import grad
 from locallearn._walk.trees import mapped, tensors
 
 Flow: TypeAlias = list[Tensor | None]  # the gradients of a unit at the tensors of an outlet; empty if there are none
@@ -172,7 +173,7 @@ class Segment:
         """Takes the gradients at the outlets, returns those at the inlets, and computes no weight gradients."""
         assert self.inlets
         roots, gradients = self.start(box)
-        return flow(torch.autograd.grad(roots, self.inlets, gradients, retain_graph=retain, allow_unused=True))
+        return flow(grad(roots, gradients, self.inlets, retain=retain))
 
 
 def flow(gradients: Sequence[Tensor | None]) -> Flow:

@@ -221,7 +221,7 @@ class Sample:
             end = self._mark()
             root = torch.stack([output.square().sum() for output in outputs if isinstance(output, Tensor)]).sum()
             del outputs
-            Accumulate().push(root, weights, inlets)
+            Accumulate().push([root], weights, inlets)
         peak = max(self._live.history[begin.at :]) - self._live.history[begin.at]
         return peak, int((end.flops - begin.flops) * self._live.factor)
 

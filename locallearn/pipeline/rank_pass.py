@@ -135,7 +135,7 @@ class RankPass:
         weights = leaves(loss, beyond=inlets)
         self._isolation.claim_unit(weights)
         with autocast_off(loss.device.type):
-            flow = self._accumulator.push(loss, weights, inlets) if loss.requires_grad else []
+            flow = self._accumulator.push([loss], weights, inlets) if loss.requires_grad else []
             self._walk(k, flow)
 
     def _walk(self, k: int, flow: Flow) -> None:
