@@ -26,7 +26,8 @@ import monitor
 import scale_page
 import step_page
 from command_line import write
-from curves.results import markdown, markdown_of_stages
+from curves.presets import START
+from curves.results import markdown, markdown_of_stages, mean_and_spread
 from works.page import text as works_with
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -70,6 +71,35 @@ def steps(record: dict[str, Any]) -> str:
     return memory.markdown([row for row in rows if not row.method.startswith("`overlap=")]) + "\n"
 
 
+def few_labels(runs: Sequence[dict[str, Any]]) -> str:
+    """Mean and standard deviation over seeds of each row of a curve, and of the same network from a random start."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for run in runs:
+        row = run["run"]["row"] if run["start"] == "trained" else START
+        for percent, accuracy in run["accuracy"].items():
+            found.setdefault(row, {}).setdefault(percent, []).append(100 * accuracy)
+    percents = list(next(iter(found.values())))
+    lines = [f"| overlap | {' | '.join(f'{percent} % of labels' for percent in percents)} |", "|---|--:|--:|"]
+    lines += [f"| {row_name(row)} | {' | '.join(map(mean_and_spread, by.values()))} |" for row, by in found.items()]
+    return "\n".join(lines) + "\n"
+
+
+def segmentation(runs: Sequence[dict[str, Any]]) -> str:
+    """The mIoU of every stage, mean and standard deviation over seeds."""
+    found: dict[str, list[list[float]]] = {}
+    for run in runs:
+        found.setdefault(run["row"], []).append([100 * value for value in run["miou"]])
+    stages = len(runs[0]["stages"])
+    lines = [f"| overlap | {' | '.join(f'stage {stage + 1}' for stage in range(stages))} |", f"|---|{'--:|' * stages}"]
+    for row, by_seed in found.items():
+        lines.append(f"| {row_name(row)} | {' | '.join(map(mean_and_spread, zip(*by_seed, strict=True)))} |")
+    return "\n".join(lines) + "\n"
+
+
+def row_name(row: str) -> str:
+    return {START: "random start", "0": "0 (greedy)", "5": "5 (end to end)"}.get(row, row)
+
+
 WHOLE: dict[str, tuple[str, Callable[[Any], str]]] = {
     "docs/benchmarks/infonce.md": ("benchmarks/infonce.json", infonce.page),
     "docs/benchmarks/on_gpu.md": ("benchmarks/on_gpu.json", gpu_page.text),
@@ -92,6 +122,8 @@ PLACES = (
     Place("docs/infonce.md", "benchmarks/infonce.py", "benchmarks/infonce.json", infonce.half_precision),
     Place("docs/scaling.md", "benchmarks/scale.py", "benchmarks/scale.json", scale_page.summary),
     Place("docs/reproduce.md", "examples/overlap_curve.py", CURVES, markdown),
+    Place("docs/reproduce.md", "examples/few_labels.py", "reproduce/few_labels.jsonl", few_labels),
+    Place("docs/reproduce.md", "examples/detection/segment.py", "reproduce/segmentation.jsonl", segmentation),
     Place(
         "docs/reproduce.md", "examples/overlap_curve.py, every stage", CURVES, partial(markdown_of_stages, curve=STAGES)
     ),

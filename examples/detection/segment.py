@@ -23,11 +23,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from batches import trainable
 from command_line import Parser, at_least, device, number_from, status_of
+from curves.costs import machine
 from inputs.images import DataError
 from inputs.loading import normalised
 from instances import InstanceSet, Photo, masks_of
 from options import start
 from pretraining.draws import Draws
+from pretraining.runs import commit
 from pyramid import check_maps, outlets_of
 from reading.encoders import Encoder, add_start_arguments
 from reports import save_json
@@ -168,7 +170,9 @@ def run(args: argparse.Namespace) -> None:
     chosen = {name: getattr(args, name) for name in ("merge", "size", "epochs", "batch_size", "lr", "seed")}
     directory = args.out or encoder.directory
     directory.mkdir(parents=True, exist_ok=True)
-    save_json(directory / "segment.json", results | chosen | {"data": held_out.name, "images": len(held_out.photos)})
+    about = {"data": held_out.name, "images": len(held_out.photos), "trained_on": len(found.photos)}
+    about |= {"commit": commit(), "torch": torch.__version__, "machine": machine(args.device)}
+    save_json(directory / "segment.json", results | chosen | about)
     print(f"wrote {directory / 'segment.json'}")
 
 
