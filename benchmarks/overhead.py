@@ -80,4 +80,6 @@ def own_seconds(step: Callable[[], object]) -> float:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     ours, bare = per_stage()
-    print(f"a stage of one weight takes {ours / bare:.2f} times as long as by hand ({ours:.0f} and {bare:.0f} microseconds)")
+    print(
+        f"a stage of one weight takes {ours / bare:.2f} times as long as by hand ({ours:.0f} and {bare:.0f} microseconds)"
+    )

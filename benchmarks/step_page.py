@@ -204,8 +204,9 @@ def _overhead(record: dict[str, Any]) -> Iterator[str]:
     if overhead := record.get("overhead"):
         yield from ["", "## Our own overhead", ""]
         ratio = overhead["ours"] / overhead["by_hand"]
-        yield f"On {overhead['stages']} stages of one weight each, `local_step` with `overlap=1` takes {ratio:.2f} times as long as"
-        yield f"the same calls of autograd written out by hand: {overhead['ours']:.0f} and {overhead['by_hand']:.0f} microseconds a stage"
+        yield f"On {overhead['stages']} stages of one weight each, `local_step` with `overlap=1` takes {ratio:.2f} times"
+        yield "as long as the same calls of autograd written out by hand:"
+        yield f"{overhead['ours']:.0f} and {overhead['by_hand']:.0f} microseconds a stage"
         yield f"({overhead['machine']}, one thread). The share of a ResNet-50 step above is the time that a profile finds in"
         yield "the package's own lines, whatever the batch."
 

@@ -57,8 +57,9 @@ def in_batch(
     """
     number, everywhere = len(views), len(counts) > 1
     if labels is None and not everywhere and _may_be_kept(views, how):
-        both = unit(torch.cat(tuple(views)), how.temperature)
-        kept: tuple[Tensor, Tensor] = Kept.apply(both, how.form, how.top1, how.products)
+        apart = [torch.cat(tuple(views))] if how.form == "nt-xent" else views
+        scaled = [unit(view, how.temperature) for view in apart]
+        kept: tuple[Tensor, Tensor] = Kept.apply(how.form, how.top1, how.products, *scaled)
         return kept
 
     rows = [unit(view, how.temperature, plainly=how.tile == 0) for view in views]
@@ -112,7 +113,7 @@ def against_given(views: Sequence[Tensor], others: Tensor, how: Settings) -> tup
 def _may_be_kept(views: Sequence[Tensor], how: Settings) -> bool:
     """Whether the whole matrix is small, and the rest as `Kept` wants it."""
     rows = views[0].shape[0] * (2 if how.form == "nt-xent" else 1)
-    most = 1024 if views[0].device.type == "cpu" else 4096
+    most = 2048 if views[0].device.type == "cpu" else 4096
     return len(views) == 2 and how.tile is None and how.bounded and rows <= most
 
 

@@ -9,6 +9,7 @@ a   o # #                    a   o # #                    a   .#### o####      o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,20 +21,20 @@ from locallearn.losses._second import Once
 
 
 class Kept(torch.autograd.Function):
-    """Losses of the anchors, and whether a positive is nearest: z (2N, D) in bits -> (A, N) in nats, (A, N).
+    """Losses of the anchors, and whether a positive is nearest: views in bits -> (A, N) in nats, (A, N).
 
-    `z` holds one view above the other. No logit may exceed 60 bits. What is nearest is told only if `top1`. `products`
-    is the type in which rows are multiplied, if not their own.
+    The views are two, (N, D) each, and for NT-Xent one above the other, (2N, D). No logit may exceed 60 bits. What is
+    nearest is told only if `top1`. `products` is the type in which rows are multiplied, if not their own.
     """
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, form: str, top1: bool, products: torch.dtype | None) -> tuple[Tensor, Tensor]:
-        n = z.shape[0] // 2
-        rows = narrow(z, products)
-        powers = product(rows, rows) if form == "nt-xent" else product(rows[:n], rows[n:])
+    def forward(ctx: Any, form: str, top1: bool, products: torch.dtype | None, *views: Tensor) -> tuple[Tensor, Tensor]:
+        rows = [narrow(view, products) for view in views]
+        powers = product(rows[0], rows[-1])
+        n = len(powers) // 2 if form == "nt-xent" else len(powers)
         positive = powers.diagonal(n if form == "nt-xent" else 0).clone()  # (N,), the same in both directions
         if products is not None:
-            positive = (z[:n] * z[n:]).sum(1)  # as exact as where there are tiles
+            positive = (views[0][:n] * views[-1][-n:]).sum(1)  # as exact as where there are tiles
         for diagonal in _left_out(powers, n, form):
             diagonal.fill_(-torch.inf)
         dims = {"nt-xent": [1], "two-way": [1, 0], "one-way": [1]}[form]
@@ -41,40 +42,37 @@ class Kept(torch.autograd.Function):
         if top1:
             right = positive > torch.cat([powers.amax(dim) for dim in dims]).view(shape)
         else:
-            right = torch.zeros(shape, dtype=torch.bool, device=z.device)
+            right = torch.zeros(shape, dtype=torch.bool, device=powers.device)
         powers.exp2_()
         totals = torch.cat([powers.sum(dim) for dim in dims]).view(shape)
         ahead = (positive - totals.log2()) * LN2  # in nats: (A, N)
-        ctx.save_for_backward(z, powers, totals, ahead)
+        ctx.save_for_backward(powers, totals, ahead, *views)
         ctx.form, ctx.products = form, products
         ctx.mark_non_differentiable(right)
         return -F.logsigmoid(ahead), right
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        z, powers, totals, ahead = ctx.saved_tensors
-        with torch.no_grad(), full_precision(z.device):
-            moved = _backward(z, powers, totals, grad * torch.sigmoid(-ahead) * LN2, ctx.form, ctx.products)
+        powers, totals, ahead, *views = ctx.saved_tensors
+        with torch.no_grad(), full_precision(powers.device):
+            rows = [narrow(view, ctx.products) for view in views]
+            moved = _backward(rows, powers, totals, grad * torch.sigmoid(-ahead) * LN2, ctx.form)
         if torch.is_grad_enabled():
-            moved = Once.apply(z, moved)
-        return moved, None, None, None
+            moved = [Once.apply(view, part) for view, part in zip(views, moved, strict=True)]
+        return None, None, None, *moved
 
 
-def _backward(
-    z: Tensor, powers: Tensor, totals: Tensor, share: Tensor, form: str, products: torch.dtype | None
-) -> Tensor:
-    n, rows, positive = z.shape[0] // 2, narrow(z, products), -share.sum(0)
+def _backward(rows: Sequence[Tensor], powers: Tensor, totals: Tensor, share: Tensor, form: str) -> list[Tensor]:
+    n, positive = share.shape[1], -share.sum(0)
     scale = share / totals.masked_fill(totals == 0, torch.inf)  # without negatives nothing moves
     if form == "nt-xent":
         weights = powers * (scale.view(-1, 1) + scale.view(-1))
         weights.diagonal(n).copy_(positive)
         weights.diagonal(-n).copy_(positive)
-        return pull(weights, rows)
+        return [pull(weights, rows[0])]
     weights = powers * (scale[0][:, None] if form == "one-way" else scale[0][:, None] + scale[1])
     weights.diagonal().copy_(positive)
-    moved = [pull(weights, rows[n:]), pull_back(weights, rows[:n])]
-    del weights  # before the next tensor is there
-    return torch.cat(moved)
+    return [pull(weights, rows[1]), pull_back(weights, rows[0])]
 
 
 def _left_out(powers: Tensor, n: int, form: str) -> list[Tensor]:

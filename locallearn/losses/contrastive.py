@@ -115,7 +115,7 @@ def info_nce(
     views' means, which is twice the first.
 
     The similarities are computed in tiles, in forward and again in backward, and never held together: memory is of
-    order N D, kept between the two are the normalised rows; a small matrix (1,024 rows on a CPU) is kept too. All arithmetic
+    order N D, kept between the two are the normalised rows; a small matrix (2,048 rows on a CPU) is kept too. All arithmetic
     is at least single precision, also under autocast (``torch.set_float32_matmul_precision`` does apply), unless
     ``precision="input"``. What training leaves of a probability, one minus the softmax, is never computed by
     subtraction. Rows may have any length that their type can hold; a row of zeros gets a zero gradient. NaN in gives
