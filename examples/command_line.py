@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import stoppable
+
 import torch
 from inputs.image_sets import DataError
 
@@ -43,6 +45,7 @@ def status_of(
     """
     args = arguments.parse_args(argv)
     try:
+        stoppable.begin()
         return run(args) or 0
     except KeyboardInterrupt:
         print(f"\n{stopped}", file=sys.stderr)

@@ -16,6 +16,8 @@ import statistics
 import sys
 from pathlib import Path
 
+import stoppable
+
 import torch
 import torch.nn.functional as F
 from backbones import architecture, averaged, told_apart

@@ -11,6 +11,8 @@ import argparse
 import sys
 from dataclasses import replace
 
+import stoppable
+
 from command_line import Parser, at_least, status_of
 from reading.encoders import about, add_arguments, chosen, vectors
 from reading.evaluate import knn

@@ -21,6 +21,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import stoppable
+
 import torch
 import torch.nn.functional as F
 from backbones import StageFeatures

@@ -29,6 +29,8 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import stoppable
+
 import torch
 from command_line import Parser, at_least, status_of, write
 from counting.paper_counts import StageCount, paper_counts, shares

@@ -32,6 +32,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import stoppable
+
 import torch
 from command_line import Parser, at_least, device, read_json, read_lines, status_of, write
 from curves.claims import alone, claimed

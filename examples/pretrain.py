@@ -23,6 +23,8 @@ import sys
 import time
 from typing import Any
 
+import stoppable
+
 import torch
 from command_line import status_of
 from inputs.images import DataError, Images, load, tell
