@@ -184,6 +184,20 @@ def test_an_interrupt_of_a_scripts_own_work_is_an_exception_again(capsys: pytest
     assert heard == [signal.default_int_handler]
 
 
+def test_what_detection_needs_beside_the_examples_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torchmetrics", None)
+    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(EXAMPLES / "detection/extra.py"))
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == (
+        "error: this needs the packages faster_coco_eval and torchmetrics, which come with: "
+        'pip install -e ".[detection]"\n'
+    )
+
+
 @pytest.mark.parametrize("name", ["meta", "abacus", "cuda:99", "vulkan", "xla", "cpu:x"])
 def test_a_device_that_does_not_compute_is_refused(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     from pretraining.pretrain_options import parser
