@@ -144,6 +144,6 @@ def write(path: Path, writer: Callable[[Path], object]) -> None:
         writer(unfinished)
         unfinished.replace(path)
     except RuntimeError as problem:  # torch.save's word for a full disk
-        raise OSError(errno.EIO, " ".join(str(problem).split()), str(path)) from problem
+        raise OSError(errno.EIO, f"the disk may be full ({' '.join(str(problem).split())})", str(path)) from problem
     finally:
         unfinished.unlink(missing_ok=True)
