@@ -70,12 +70,27 @@ def load(
 
 
 def with_labels(images: Images | Folder) -> Images | Folder:
-    """The images, where there is something to read out; raises `DataError` where all are of one class."""
-    if images.classes < 2:
-        raise DataError(
-            f"{images.name} has no labels, or one class only: say which labelled images to read out with --data"
-        )
+    """The images, where there is something to read out; raises `DataError` where there is not."""
+    if problem := without_labels(images):
+        raise DataError(problem)
     return images
+
+
+def without_labels(images: Images | Folder) -> str | None:
+    """Why there is nothing to read out: all are of one class, or some are held out of one that cannot be learnt."""
+    if images.classes < 2:
+        return f"{images.name} has no labels, or one class only: say which labelled images to read out with --data"
+    known = {*images.train_labels.unique().tolist()}
+    if unknown := [label for label in images.test_labels.unique().tolist() if label not in known]:
+        return (
+            f"{images.name}: no training image has the label {_some(unknown)}, as held-out ones do: give some to train "
+            "on, or leave those out"
+        )
+    return None
+
+
+def _some(labels: list[int]) -> str:
+    return ", ".join([*map(str, labels[:5]), *(["..."] if len(labels) > 5 else [])])
 
 
 def tell(images: Images | Folder) -> Images | Folder:

@@ -184,6 +184,34 @@ def test_an_interrupt_of_a_scripts_own_work_is_an_exception_again(capsys: pytest
     assert heard == [signal.default_int_handler]
 
 
+@pytest.mark.parametrize(
+    ("script", "argv", "line"),
+    [
+        ("few_labels", "{run} --percent 10", "start again with: python examples/few_labels.py {run} --percent 10"),
+        ("linear_eval", "run", "start again with: python examples/linear_eval.py run"),
+        (
+            "linear_eval",
+            "run --protocol paper",
+            "go on after the last finished epoch with: python examples/linear_eval.py run --protocol paper --resume",
+        ),
+    ],
+)
+def test_a_read_out_that_is_stopped_says_the_command_that_goes_on(
+    script: str,
+    argv: str,
+    line: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = {"arch": "resnet18", "image_size": 32, "mean": [], "std": [], "data": "digits"}
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    module = importlib.import_module(script)
+    monkeypatch.setattr(module, FIRST_STEPS[script][0], lambda *a, **k: raises(KeyboardInterrupt())())
+    assert module.main(argv.format(run=tmp_path).split()) == 130
+    assert capsys.readouterr().err == f"\nstopped; {line.format(run=tmp_path)}\n"
+
+
 def test_what_detection_needs_beside_the_examples_is_one_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,6 +224,17 @@ def test_what_detection_needs_beside_the_examples_is_one_line(
         "error: this needs the packages faster_coco_eval and torchmetrics, which come with: "
         'pip install -e ".[detection]"\n'
     )
+
+
+def test_numbers_have_an_end_where_they_are_given_one(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = Parser()
+    arguments.add_argument("--percent", type=number_from(0, above=True, most=100))
+    assert arguments.parse_args(["--percent", "100"]).percent == 100
+    for text in ("0", "100.5", "inf", "nan"):
+        with pytest.raises(SystemExit):
+            arguments.parse_args(["--percent", text])
+        line = f"error: argument --percent: expected a number above 0 up to 100, got '{text}'\n"
+        assert capsys.readouterr().err == line
 
 
 @pytest.mark.parametrize("name", ["meta", "abacus", "cuda:99", "vulkan", "xla", "cpu:x"])
