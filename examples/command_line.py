@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import stoppable
+
 import torch
 from inputs.image_sets import DataError
 
@@ -34,7 +36,7 @@ def status_of(
     arguments: Parser,
     run: Callable[[argparse.Namespace], int | None],
     argv: Sequence[str] | None = None,
-    stopped: str = "stopped",
+    stopped: str | Callable[[argparse.Namespace], str] = "stopped",
 ) -> int:
     """Run a script from its command line, and return its exit status.
 
@@ -43,9 +45,10 @@ def status_of(
     """
     args = arguments.parse_args(argv)
     try:
+        stoppable.begin()
         return run(args) or 0
     except KeyboardInterrupt:
-        print(f"\n{stopped}", file=sys.stderr)
+        print(f"\n{stopped if isinstance(stopped, str) else stopped(args)}", file=sys.stderr)
         return 130
     except Exception as problem:
         line = _foreseen(problem, args)
@@ -88,17 +91,18 @@ def at_least(least: int) -> Callable[[str], int]:
     return number
 
 
-def number_from(least: float, *, above: bool = False) -> Callable[[str], float]:
-    """A type for arguments: numbers from `least` up, or `above` it."""
+def number_from(least: float, *, above: bool = False, most: float = math.inf) -> Callable[[str], float]:
+    """A type for arguments: numbers from `least` up, or `above` it, and up to `most`."""
 
     def number(text: str) -> float:
         try:
             value = float(text)
         except ValueError:
             value = math.nan
-        if not (least < value < math.inf if above else least <= value < math.inf):
+        if not (least < value if above else least <= value) or not value <= most or math.isinf(value):
+            end = "" if math.isinf(most) else f" up to {most:g}"
             raise argparse.ArgumentTypeError(
-                f"expected a number {'above' if above else 'from'} {least:g}, got {text!r}"
+                f"expected a number {'above' if above else 'from'} {least:g}{end}, got {text!r}"
             )
         return value
 
@@ -141,6 +145,6 @@ def write(path: Path, writer: Callable[[Path], object]) -> None:
         writer(unfinished)
         unfinished.replace(path)
     except RuntimeError as problem:  # torch.save's word for a full disk
-        raise OSError(errno.EIO, " ".join(str(problem).split()), str(path)) from problem
+        raise OSError(errno.EIO, f"the disk may be full ({' '.join(str(problem).split())})", str(path)) from problem
     finally:
         unfinished.unlink(missing_ok=True)

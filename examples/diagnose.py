@@ -10,6 +10,8 @@ import argparse
 import sys
 from pathlib import Path
 
+import stoppable
+
 import torch
 from command_line import Parser, at_least, status_of
 from inputs.images import load

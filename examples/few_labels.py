@@ -12,9 +12,12 @@ Writes few_labels.json to each run's directory, and prints means over runs of th
 from __future__ import annotations
 
 import argparse
+import shlex
 import statistics
 import sys
 from pathlib import Path
+
+import stoppable
 
 import torch
 import torch.nn.functional as F
@@ -110,7 +113,7 @@ def run(args: argparse.Namespace) -> None:
     for directory in args.runs:
         settings = runs.read_settings(directory)
         where = args.data or settings["data"], args.data_dir, args.download, settings["image_size"]
-        images = with_labels(tell(load(*where, settings.get("on_broken", "stop"))))
+        images = tell(load(*where, settings.get("on_broken", "stop")))
         if not isinstance(images, Images):
             raise DataError(f"{images.name} is too large to be held in memory, as this needs it")
         size, held_out = settings.get("images"), settings.get("held_out")
@@ -121,6 +124,7 @@ def run(args: argparse.Namespace) -> None:
             images.test[:held_out],
             images.test_labels[:held_out],
         )
+        with_labels(images)
         for name in ("", SCRATCH) if args.scratch else ("",):
             reached = {}
             for percent in args.percent:
@@ -162,7 +166,7 @@ def parser() -> Parser:
     add("runs", type=Path, nargs="+", metavar="RUN", help="directories of pretrain.py's or overlap_curve.py's runs")
     add(
         "--percent",
-        type=number_from(0, above=True),
+        type=number_from(0, above=True, most=100),
         nargs="+",
         default=[1.0, 10.0],
         metavar="P",
@@ -188,7 +192,9 @@ def parser() -> Parser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return status_of(parser(), run, argv)
+    argv = sys.argv[1:] if argv is None else argv
+    again = shlex.join(["python", "examples/few_labels.py", *argv])
+    return status_of(parser(), run, argv, f"stopped; start again with: {again}")
 
 
 if __name__ == "__main__":

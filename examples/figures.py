@@ -21,6 +21,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import stoppable
+
 import torch
 from command_line import Parser, at_least, device, status_of, write
 from drawing.charts import Loss, Point, Reading, Saving, draw_losses, draw_memory, draw_stages, draw_tsne

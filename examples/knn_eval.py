@@ -11,6 +11,8 @@ import argparse
 import sys
 from dataclasses import replace
 
+import stoppable
+
 from command_line import Parser, at_least, status_of
 from reading.encoders import about, add_arguments, chosen, vectors
 from reading.evaluate import knn
@@ -21,7 +23,10 @@ TEMPERATURE = 0.07
 
 
 def parser() -> Parser:
-    result = Parser(description="Read out a frozen encoder by its nearest neighbours, stage by stage.")
+    result = Parser(
+        description="Read out a frozen encoder by its nearest neighbours, stage by stage.",
+        epilog="example: python examples/knn_eval.py runs/digits-presnet_small-loco --k 20",
+    )
     add_arguments(result)
     add = result.add_argument
     add(

@@ -16,10 +16,13 @@ from __future__ import annotations
 
 import argparse
 import pickle
+import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import stoppable
 
 import torch
 import torch.nn.functional as F
@@ -197,7 +200,15 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return status_of(parser(), run, argv, "stopped; the paper's protocol goes on with --resume")
+    argv = sys.argv[1:] if argv is None else argv
+
+    def stopped(args: argparse.Namespace) -> str:
+        again = shlex.join(["python", "examples/linear_eval.py", *argv])
+        if args.protocol == "fast":
+            return f"stopped; start again with: {again}"
+        return f"stopped; go on after the last finished epoch with: {again}{'' if args.resume else ' --resume'}"
+
+    return status_of(parser(), run, argv, stopped)
 
 
 if __name__ == "__main__":

@@ -23,11 +23,14 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+
+import stoppable
 
 import torch
 from command_line import Parser, at_least, status_of, write
@@ -205,7 +208,13 @@ def title(setting: Setting) -> str:
 
 
 def megabytes(count: int | None) -> str:
-    return "" if count is None else f"{count / 1e6:,.0f}"
+    return "" if count is None else three_digits(count / 1e6)
+
+
+def three_digits(number: float) -> str:
+    """At least, where it has so many: 1,234 and 123, 12.3, 0.0123."""
+    decimals = 2 - math.floor(math.log10(number)) if 0 < number < 100 else 0
+    return f"{number:,.{decimals}f}"
 
 
 def percent(share: float | None) -> str:
@@ -223,7 +232,7 @@ def new_table(heading: str, first: str, *columns: str) -> Table:
 def show(tables: Tables) -> None:
     console = Console(width=max(WIDTH, Console().width))
     stages = new_table(
-        f"Stages: {tables.gmacs:.2f}G multiply-accumulates by the paper's count (Table 6), shares in %",
+        f"Stages: {three_digits(tables.gmacs)}G multiply-accumulates by the paper's count (Table 6), shares in %",
         "stage",
         "memory,\npaper's count",
         "in the\npaper",
@@ -247,14 +256,14 @@ def show(tables: Tables) -> None:
         stages.add_row(stage.stage, *numbers, megabytes(stage.saved_bytes), megabytes(stage.decoder_saved_bytes))
     decoders = new_table("What a decoder on every outlet costs", "decoder", "GFLOP\nof a step", "saves at\nmost, MB")
     for decoder in tables.decoders:
-        decoders.add_row(decoder.decoder, f"{decoder.gflop:,.1f}", megabytes(decoder.saved_bytes))
+        decoders.add_row(decoder.decoder, three_digits(decoder.gflop), megabytes(decoder.saved_bytes))
     columns = ["GFLOP", "", "peak,\nMB", "less\nby", "saved,\nMB", "less\nby", "in the\npaper"]
     with_cuda = tables.methods[0].cuda_peak_bytes is not None
     steps = new_table("A training step (Table 7)", "training", *columns, *(["CUDA\npeak, MB"] if with_cuda else []))
     for row in tables.methods:
         steps.add_row(
             row.method,
-            f"{row.gflop:,.0f}",
+            three_digits(row.gflop),
             f"{row.flops_relative:.2f}x",
             megabytes(row.peak_bytes),
             f"{row.peak_saving:.2f}x",
@@ -272,7 +281,7 @@ def markdown(rows: Sequence[MethodRow]) -> str:
     """The methods as README.md has them."""
     lines = ["| training | GFLOP | | peak, MB | less by | saved, MB | less by |", "|---|--:|--:|--:|--:|--:|--:|"]
     lines += [
-        f"| {row.method} | {row.gflop:,.0f} | {row.flops_relative:.2f}x "
+        f"| {row.method} | {three_digits(row.gflop)} | {row.flops_relative:.2f}x "
         f"| {megabytes(row.peak_bytes)} | {row.peak_saving:.2f}x | {megabytes(row.saved_bytes)} | {row.saved_saving:.2f}x |"
         for row in rows
     ]
@@ -350,7 +359,15 @@ def run(args: argparse.Namespace) -> None:
     if args.arch == "vit_b_16" and image_size % 16:
         raise DataError(f"--arch vit_b_16 takes patches of 16 pixels, got --image-size {image_size}")
     width = args.decoder_width or DECODER_WIDTHS.get(args.arch)
-    tables = count(Setting(args.arch, args.batch_size, image_size, width))
+    try:
+        tables = count(Setting(args.arch, args.batch_size, image_size, width))
+    except ValueError as problem:
+        if "more than 1 value per channel" not in str(problem):  # what BatchNorm says of a single position
+            raise
+        raise DataError(
+            f"--image-size {image_size} leaves a stage of {args.arch} a single position, of which BatchNorm has no "
+            "statistics: take a larger one"
+        ) from problem
     if args.markdown:
         print(markdown(tables.methods))
     else:

@@ -32,6 +32,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import stoppable
+
 import torch
 from command_line import Parser, at_least, device, read_json, read_lines, status_of, write
 from curves.claims import alone, claimed
@@ -212,8 +214,11 @@ def report(paths: Sequence[Path], curves: Sequence[str] | None, out: Path) -> No
 
 def run(args: argparse.Namespace, argv: list[str]) -> int:
     if args.report:
+        if missing := [str(path) for path in args.report if not path.is_file()]:
+            raise DataError(f"there is no file {' or '.join(missing)}: --report takes a grid's results.jsonl")
         report(args.report, args.curves, args.out or args.report[0].parent)
         return 0
+    curves = chosen(args)
     args.out = args.out or Path("runs/overlap_curve")
     if args.jobs > 1:
         return share([*argv, "--jobs", "1"], args.jobs)
@@ -223,7 +228,6 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
     images = tell(load(args.data, args.data_dir, args.download))
     if not isinstance(images, Images):
         raise DataError(f"{images.name} is too large to be held in memory, as this needs it")
-    curves = chosen(args)
     if args.times:
         lines = [line for curve in curves for line in time_steps(curve, images, args.times, args.device)]
         args.out.mkdir(parents=True, exist_ok=True)
@@ -250,9 +254,10 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
 def chosen(args: argparse.Namespace) -> tuple[Curve, ...]:
     """Of the preset, the curves, rows and seeds that were asked for; and with the settings that were asked for."""
     curves = PRESETS[args.preset]
-    names = [curve.name for curve in curves]
-    if unknown := sorted({*(args.curves or [])} - {*names}):
-        raise DataError(f"--preset {args.preset} has no curve {', '.join(unknown)}; it has {', '.join(names)}")
+    all_there(args.curves, [curve.name for curve in curves], f"--preset {args.preset} has no curve")
+    curves = tuple(curve for curve in curves if not args.curves or curve.name in args.curves)
+    whose = f"--curves {' '.join(args.curves)}" if args.curves else f"--preset {args.preset}"
+    all_there(args.rows, [row for curve in curves for row in curve.rows], f"{whose} has no row")
     changes = {name: value for name in ("images", "held_out", "epochs", "batch_size") if (value := getattr(args, name))}
     return tuple(
         replace(
@@ -262,8 +267,13 @@ def chosen(args: argparse.Namespace) -> tuple[Curve, ...]:
             seeds=tuple(args.seeds or curve.seeds),
         )
         for curve in curves
-        if not args.curves or curve.name in args.curves
     )
+
+
+def all_there(asked: Sequence[str] | None, there: Sequence[str], what: str) -> None:
+    """Raises `DataError` for names that are not there; it says which are, each once."""
+    if unknown := [name for name in dict.fromkeys(asked or []) if name not in there]:
+        raise DataError(f"{what} {', '.join(unknown)}; it has {', '.join(dict.fromkeys(there))}")
 
 
 def share(argv: list[str], count: int) -> int:

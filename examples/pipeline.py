@@ -73,7 +73,7 @@ def nearest_neighbour(model: LocalWrapper, images: Tensor, labels: Tensor, known
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--stages", type=int, default=2, help="per process (default 2)")
     parser.add_argument("--width", type=int, default=32, help="channels (default 32)")
     parser.add_argument("--steps", type=int, default=200)
@@ -81,7 +81,9 @@ def main() -> None:
     parser.add_argument("--mode", choices=["exact", "eager"], default="exact", help="eager waits for no gradient")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--every", type=int, default=50, help="steps between checkpoints (default 50)")
-    parser.add_argument("--folder", type=Path, default=Path("runs/pipeline"))
+    parser.add_argument(
+        "--folder", type=Path, default=Path("runs/pipeline"), help="checkpoints, to go on from the last"
+    )
     parser.add_argument("--timeout", type=float, default=300, help="seconds that a rank waits for another one")
     args = parser.parse_args()
 

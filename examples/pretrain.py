@@ -23,9 +23,11 @@ import sys
 import time
 from typing import Any
 
+import stoppable
+
 import torch
 from command_line import status_of
-from inputs.images import DataError, Images, load, tell
+from inputs.images import DataError, Images, load, tell, without_labels
 from inputs.loading import view_batches
 from inputs.views import Views, grey_views, simclr_views
 from pretraining.draws import DROPOUT, Draws, seed_of
@@ -45,6 +47,9 @@ from pretraining.runs import (
     write_settings,
 )
 from pretraining.training import Training, local_gradients, new_training
+from rich.box import SIMPLE_HEAVY
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -156,23 +161,39 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
             print(f"\nstopped and saved after step {training.step} of {steps}; go on with: {again}", file=sys.stderr)
         return 130
     if processes.leads:
-        finish(args, training, settings, speed=steps * args.batch_size / training.seconds)
+        finish(args, training, images, settings, speed=steps * args.batch_size / training.seconds)
     return 0
 
 
-def finish(args: argparse.Namespace, training: Training, settings: dict[str, Any], speed: float) -> None:
-    """Write the plain weights and what the run took; print its line and what comes next."""
+def finish(
+    args: argparse.Namespace, training: Training, images: Images, settings: dict[str, Any], speed: float
+) -> None:
+    """Write the plain weights and what the run took; print what its units came to and what comes next."""
     path = save_backbone(args.out, training.model.backbone, args.format)
     took = {"seconds": training.seconds, "images_per_second": speed}
     write_settings(args.out, settings | about(args, training) | took)
-    last = read_log(args.out)[-1]
-    losses = " ".join(f"{loss:.2f}" for loss in last["losses"])
-    accuracy = " ".join(f"{100 * share:.0f}" for share in last["accuracy"])
-    print("| method | arch | decoder | sharing | epochs | units' losses | their top-1, % | images/s | seconds |")
-    print("|---|---|---|---|--:|---|---|--:|--:|")
-    print(f"| {args.method} | {args.arch} | {args.decoder} | {args.sharing} | {args.epochs} ", end="")
-    print(f"| {losses} | {accuracy} | {speed:,.0f} | {training.seconds:.0f} |")
-    print(f"wrote {path}; read it out with: python examples/linear_eval.py {shlex.quote(str(args.out))}")
+    show(args, training, speed)
+    again = f"python examples/linear_eval.py {shlex.quote(str(args.out))}"
+    if without_labels(images):
+        print(f"wrote {path}; read it out on labelled images, by their NAME: {again} --data NAME")
+    else:
+        print(f"wrote {path}; read it out with: {again}")
+
+
+def show(args: argparse.Namespace, training: Training, speed: float) -> None:
+    """A line for each unit: how far it reaches, and what was logged of it last."""
+    last, table = read_log(args.out)[-1], Table(box=SIMPLE_HEAVY)
+    for heading in ("unit", "up to", "loss", "top-1, %"):
+        table.add_column(heading, justify="left" if heading == "up to" else "right", no_wrap=True)
+    for k, unit in enumerate(training.model.plan.units):
+        numbers = f"{last['losses'][k]:.2f}", f"{100 * last['accuracy'][k]:.0f}"
+        table.add_row(str(k), args.stages[unit.last], *numbers)
+    console = Console()
+    about = f"{args.arch}, decoder {args.decoder}, sharing {args.sharing}, {args.epochs} epochs"
+    console.print(f"{args.method}: {about}", style="bold", highlight=False)
+    console.print(table)
+    took = f"{speed:,.0f} images/s, {training.seconds:.0f} seconds"
+    console.print(f"Loss and top-1 on the views of step {last['step']}. {took}.", style="dim", highlight=False)
 
 
 def settings_of(args: argparse.Namespace, processes: Processes, images: Images) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from __future__ import annotations
 import sys
 from functools import partial
 
+import stoppable
+
 import ablation
 from ablation import Ablation, Row
 

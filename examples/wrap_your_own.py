@@ -35,7 +35,17 @@ def view(images: Tensor) -> Tensor:
     return torch.stack([augment(image) for image in images])
 
 
+def check_writable(path: Path) -> None:
+    """Tell now, rather than after the training, that a file cannot be written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    is_new = not path.exists()
+    path.open("ab").close()
+    if is_new:
+        path.unlink()
+
+
 def main(epochs: int = 20, path: Path = Path("runs/backbone.pt")) -> None:
+    check_writable(path)
     torch.manual_seed(0)
     torch.set_num_threads(1)  # more would mostly wait for each other on images of 8x8
     pixels, labels = load_digits(return_X_y=True)
@@ -52,7 +62,6 @@ def main(epochs: int = 20, path: Path = Path("runs/backbone.pt")) -> None:
             optimizer.step()
             optimizer.zero_grad()
         print(f"epoch {epoch + 1}: " + "  ".join(f"unit {k} {loss:.2f}" for k, loss in enumerate(losses.tolist())))
-    path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(model.backbone.state_dict(), path)
 
     backbone = Backbone()  # a fresh one, and nothing of locallearn

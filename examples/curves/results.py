@@ -17,6 +17,7 @@ from curves.presets import BOTH, DEEP, FIRST, PRESETS, SOFT, START, UPPER
 
 GREEDY = "0"
 WIDE = 130  # characters of a terminal that shows every column
+LEFT_OUT = ("largest batch", "GFLOP", "ms")  # on a narrower one, as single seeds are
 NAMES = {
     START: "random start",
     BOTH: "0 and 1 together",
@@ -128,7 +129,7 @@ def batch_in(budget: int, point: Point) -> int:
 
 
 def cells(rows: Sequence[Point], narrow: bool = False) -> tuple[list[str], list[list[str]]]:
-    """A curve's table: headings, and a line per row; `narrow` leaves out single seeds, FLOPs and the largest batch."""
+    """A curve's table: headings, and a line per row; `narrow` leaves out single seeds and `LEFT_OUT`."""
     seeds = sorted({seed for row in rows for seed in row.accuracies})
     greedy = next((row for row in rows if row.row == GREEDY), None)
     whole = next((row for row in rows if row.end_to_end and row.row != START), None)
@@ -150,7 +151,7 @@ def cells(rows: Sequence[Point], narrow: bool = False) -> tuple[list[str], list[
             line.append("" if row.step_ms is None else f"{row.step_ms:.0f}")
         lines.append(line)
     if narrow:
-        kept = [not (name.startswith("seed ") or name in ("largest batch", "GFLOP")) for name in headings]
+        kept = [not (name.startswith("seed ") or name in LEFT_OUT) for name in headings]
         headings, *lines = ([*compress(line, kept)] for line in (headings, *lines))
     return headings, lines
 
@@ -188,9 +189,11 @@ def markdown_of_stages(lines: Sequence[dict[str, Any]], curve: str) -> str:
 
 def show(lines: Sequence[dict[str, Any]]) -> None:
     """The same, in the terminal."""
-    console = Console()
+    console, shown = Console(), set()
+    narrow = console.width < WIDE
     for curve, rows in points(lines).items():
-        headings, body = cells(rows, narrow=console.width < WIDE)
+        headings, body = cells(rows, narrow)
+        shown.update(headings)
         table = Table(title=heading(lines, curve), title_justify="left", box=SIMPLE_HEAVY, padding=(0, 1, 0, 0))
         for place, name in enumerate(headings):
             table.add_column(name.replace(", ", ",\n"), justify="right" if place else "left", no_wrap=True)
@@ -198,11 +201,21 @@ def show(lines: Sequence[dict[str, Any]]) -> None:
             table.add_row(*line)
         console.print(table)
     held_out = sorted({line["held_out"] for line in lines if "accuracy" in line})
-    console.print(
+    console.print(legend(held_out, shown, narrow), style="dim", highlight=False)
+
+
+def legend(held_out: Sequence[int], shown: Collection[str], narrow: bool) -> str:
+    """What the columns that are shown mean."""
+    top_stage = (
         f"Linear read-out of the top stage on {' or '.join(map(str, held_out))} held-out images, %; ± standard deviation over "
         "seeds, and half of the 95 % interval of the difference seed by seed. Peak: counted bytes of a step beside weights and "
-        "gradients; recomputed: with checkpoint=True, whose accuracy is the same. Largest batch: in the peak of end to end. "
-        "GFLOP and ms: of a step. overlap_curve.md has every column.",
-        style="dim",
-        highlight=False,
+        "gradients; recomputed: with checkpoint=True, whose accuracy is the same."
     )
+    text = [top_stage]
+    if "largest batch" in shown:
+        text.append("Largest batch: in the peak of end to end.")
+    if of_a_step := [name for name in ("GFLOP", "ms") if name in shown]:
+        text.append(f"{' and '.join(of_a_step)}: of a step.")
+    if narrow:
+        text.append("overlap_curve.md has every column.")
+    return " ".join(text)

@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import extra
 import numpy as np
 from faster_coco_eval.core import mask as coco_mask
 from inputs.images import DataError

@@ -8,6 +8,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import extra
 from faster_coco_eval.core import mask as coco_mask
 from inputs.images import DataError
 from instances import Instance, InstanceSet, Mask, Photo, Problems

@@ -19,6 +19,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import stoppable
+
 import train
 from backbones import named
 from command_line import Parser, at_least, status_of

@@ -12,11 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import stoppable
+
+import numpy as np
+import torch
 from command_line import Parser, at_least, device, number_from, status_of, write
 from drawing.figure_style import INK, STYLE
 from inputs.images import DataError

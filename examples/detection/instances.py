@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, TypedDict
 
+import extra
 import numpy as np
 import torch
 from faster_coco_eval.core import mask as coco_mask

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import extra
 import numpy as np
 import torch
 import torch.distributed as dist

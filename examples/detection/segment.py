@@ -16,11 +16,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import stoppable
+
+import torch
+import torch.nn.functional as F
 from batches import trainable
 from command_line import Parser, at_least, device, number_from, status_of
 from curves.costs import machine

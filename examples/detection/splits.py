@@ -15,6 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import stoppable
+
 from coco import check_ids, parts
 from command_line import Parser, at_least, status_of, write
 from inputs.images import DataError

@@ -34,10 +34,11 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import stoppable
+
+import torch
 from batches import Targets, trainable, training_batches
 from command_line import status_of, write
 from detector import LOSSES, Size, mask_rcnn

@@ -36,7 +36,9 @@ class Images:
             ("train", self.train, self.train_labels),
             ("test", self.test, self.test_labels),
         ):
-            if len(pixels) != len(labels) or not len(pixels):
+            if not len(pixels):
+                raise DataError(f"{self.name} has no {part} images: it must have at least one")
+            if len(pixels) != len(labels):
                 raise DataError(f"{self.name} has {len(pixels)} {part} images and {len(labels)} labels for them")
             if pixels.shape[1] not in (1, 3) or pixels.shape[1] != self.train.shape[1]:
                 raise DataError(f"{self.name}: images must all have 1 channel or all 3; {part} has {pixels.shape[1]}")

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from zipfile import is_zipfile
 
 import numpy as np
 import torch
+from numpy.lib.npyio import NpzFile
 from sklearn.datasets import load_digits
 from torch import Tensor
 from torchvision import datasets
@@ -67,12 +70,27 @@ def load(
 
 
 def with_labels(images: Images | Folder) -> Images | Folder:
-    """The images, where there is something to read out; raises `DataError` where all are of one class."""
-    if images.classes < 2:
-        raise DataError(
-            f"{images.name} has no labels, or one class only: say which labelled images to read out with --data"
-        )
+    """The images, where there is something to read out; raises `DataError` where there is not."""
+    if problem := without_labels(images):
+        raise DataError(problem)
     return images
+
+
+def without_labels(images: Images | Folder) -> str | None:
+    """Why there is nothing to read out: all are of one class, or some are held out of one that cannot be learnt."""
+    if images.classes < 2:
+        return f"{images.name} has no labels, or one class only: say which labelled images to read out with --data"
+    known = {*images.train_labels.unique().tolist()}
+    if unknown := [label for label in images.test_labels.unique().tolist() if label not in known]:
+        return (
+            f"{images.name}: no training image has the label {_some(unknown)}, as held-out ones do: give some to train "
+            "on, or leave those out"
+        )
+    return None
+
+
+def _some(labels: list[int]) -> str:
+    return ", ".join([*map(str, labels[:5]), *(["..."] if len(labels) > 5 else [])])
 
 
 def tell(images: Images | Folder) -> Images | Folder:
@@ -139,21 +157,40 @@ def _npz(path: Path) -> Images:
     """Arrays x_train, x_test (uint8, `(N, H, W, C)` or `(N, H, W)`) and y_train, y_test (integers from 0)."""
     names = ("x_train", "y_train", "x_test", "y_test")
     try:
-        with path.open("rb") as opened, np.load(opened) as file:
-            arrays = {name: file[name] for name in names if name in file}
+        with path.open("rb") as opened:
+            if not is_zipfile(opened):
+                raise DataError(f"{path} cannot be read as an .npz file (it is none, or cut short)")
+            opened.seek(0)
+            with np.load(opened) as file:
+                arrays = {name: _array(path, file, name) for name in names if name in file}
+    except DataError:
+        raise
     except Exception as problem:  # a damaged archive fails wherever it is read: in zipfile, in zlib, in numpy
         raise DataError(f"{path} cannot be read as an .npz file ({problem})") from problem
     if missing := [name for name in names if name not in arrays]:
         raise DataError(f"{path} must hold {', '.join(names)}; it lacks {', '.join(missing)}")
     for name in ("x_train", "x_test"):
-        if arrays[name].dtype != np.uint8 or arrays[name].ndim not in (3, 4) or 0 in arrays[name].shape[1:]:
-            raise DataError(f"{path}: {name} must be uint8 (N, H, W, C), not {arrays[name].dtype} {arrays[name].shape}")
+        dtype, shape = arrays[name].dtype, arrays[name].shape
+        if dtype != np.uint8 or len(shape) not in (3, 4) or 0 in shape[1:]:
+            raise DataError(f"{path}: {name} must be uint8 (N, H, W, C), not {dtype} {shape}")
+        if len(shape) == 4 and not {shape[1], shape[-1]} & {1, 3}:
+            raise DataError(f"{path}: {name} must be uint8 (N, H, W, C) with 1 or 3 channels C, not {shape}")
     for name in ("y_train", "y_test"):
         if arrays[name].dtype.kind not in "iub":
             raise DataError(f"{path}: {name} must be whole numbers from 0, one per image, not {arrays[name].dtype}")
     x_train, x_test = (_pixels(arrays[name]) for name in ("x_train", "x_test"))
     y_train, y_test = (torch.from_numpy(arrays[name].astype(np.int64).ravel()) for name in ("y_train", "y_test"))
-    return Images(path.stem, x_train, y_train, x_test, y_test)
+    return replace(Images(str(path), x_train, y_train, x_test, y_test), name=path.stem)  # errors begin with the path
+
+
+def _array(path: Path, file: NpzFile, name: str) -> np.ndarray:
+    """One of the arrays; Python's objects are not read, since that would run what the file says."""
+    try:
+        return file[name]
+    except ValueError as problem:
+        if "Object arrays" not in str(problem):
+            raise
+        raise DataError(f"{path}: {name} must hold numbers, not Python's objects (dtype object)") from problem
 
 
 def _resized(images: Images, size: int | None) -> Images:

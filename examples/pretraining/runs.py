@@ -74,6 +74,10 @@ def _weights(path: Path) -> dict[str, Tensor]:
                 raise DataError(f"{path} is of a run that has not come to its first checkpoint")
             return checkpoint["backbone"]
         path = finished[0]
+    if path.suffix not in (".pt", ".safetensors"):
+        raise DataError(
+            f"{path} is no checkpoint: give the run's directory, its {' or '.join(FORMATS.values())}, or a checkpoint-*.pt"
+        )
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file

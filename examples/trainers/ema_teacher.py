@@ -6,7 +6,7 @@ the teacher's of the other view, at the same unit. The teacher's own loss only k
 
 from __future__ import annotations
 
-import sys
+import argparse
 from copy import deepcopy
 from functools import partial
 
@@ -67,4 +67,6 @@ def main(steps: int = 300) -> Monitor:
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:2]))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("steps", metavar="STEPS", type=int, nargs="?", default=300)
+    main(parser.parse_args().steps)

@@ -5,7 +5,7 @@ The trainer asks for a module that returns a loss, which is `model(*views)`; vie
 
 from __future__ import annotations
 
-import sys
+import argparse
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -66,4 +66,6 @@ def main(steps: int = 300) -> Trainer:
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:2]))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("steps", metavar="STEPS", type=int, nargs="?", default=300)
+    main(parser.parse_args().steps)

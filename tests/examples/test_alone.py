@@ -59,10 +59,11 @@ def test_a_pipeline_without_torchrun_says_how_it_is_started(tmp_path: Path) -> N
 @pytest.mark.parametrize("name", ["quickstart.py", "wrap_your_own.py", "pipeline.py"])
 def test_help_does_not_train(name: str, tmp_path: Path) -> None:
     command = [sys.executable, str(EXAMPLES / name), "--help"]
-    environment = os.environ | {"PYTHONPATH": str(EXAMPLES.parent)}
+    environment = os.environ | {"PYTHONPATH": str(EXAMPLES.parent), "COLUMNS": "80"}
     done = subprocess.run(
         command, check=False, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0
     assert re.match("usage: ", done.stdout)
+    assert max(map(len, done.stdout.splitlines())) <= 80
     assert not list(tmp_path.iterdir())

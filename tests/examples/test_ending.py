@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import errno
 import importlib
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,11 +20,14 @@ pytest.importorskip("sklearn", reason="the examples need the extra `examples`")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
-from command_line import Parser, at_least, status_of
+import stoppable
+
+from command_line import Parser, at_least, number_from, status_of
 from inputs.image_sets import DataError
 
 from locallearn.diagnosis import DivergedError
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 TOO_LARGE = 2**55  # numbers
 
 
@@ -145,11 +154,87 @@ def test_every_script_ends_by_the_same_lines(
 
 
 def test_no_script_is_left_out() -> None:
-    folder = Path(__file__).parents[2] / "examples"
-    scripts = {path for place in ("", "detection") for path in (folder / place).glob("*.py")}
+    scripts = {path for place in ("", "detection") for path in (EXAMPLES / place).glob("*.py")}
     found = {path for path in scripts if "def main(" in path.read_text() or "main = " in path.read_text()}
-    names = {".".join(path.relative_to(folder).with_suffix("").parts) for path in found}
+    names = {".".join(path.relative_to(EXAMPLES).with_suffix("").parts) for path in found}
     assert names - STANDING_ALONE - {"ablation"} == FIRST_STEPS.keys()
+
+
+@pytest.mark.skipif(signal.getsignal(signal.SIGINT) is signal.SIG_IGN, reason="Ctrl-C is ignored here, and so there")
+@pytest.mark.parametrize("script", FIRST_STEPS)
+def test_an_interrupt_while_a_script_still_imports_is_one_line(script: str, tmp_path: Path) -> None:
+    """It comes where torch would be imported."""
+    if script.startswith("detection."):
+        pytest.importorskip("faster_coco_eval")
+        pytest.importorskip("torchmetrics")
+    (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n")
+    command = [sys.executable, str(EXAMPLES / f"{script.replace('.', '/')}.py")]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "\nstopped; nothing was begun\n")
+
+
+def test_an_interrupt_of_a_scripts_own_work_is_an_exception_again(capsys: pytest.CaptureFixture[str]) -> None:
+    assert not stoppable.a_script_runs()
+    before, heard = signal.signal(signal.SIGINT, stoppable.stop), []
+    try:
+        assert ended(lambda: heard.append(signal.getsignal(signal.SIGINT)), capsys) == (0, "")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert heard == [signal.default_int_handler]
+
+
+@pytest.mark.parametrize(
+    ("script", "argv", "line"),
+    [
+        ("few_labels", "{run} --percent 10", "start again with: python examples/few_labels.py {run} --percent 10"),
+        ("linear_eval", "run", "start again with: python examples/linear_eval.py run"),
+        (
+            "linear_eval",
+            "run --protocol paper",
+            "go on after the last finished epoch with: python examples/linear_eval.py run --protocol paper --resume",
+        ),
+    ],
+)
+def test_a_read_out_that_is_stopped_says_the_command_that_goes_on(
+    script: str,
+    argv: str,
+    line: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = {"arch": "resnet18", "image_size": 32, "mean": [], "std": [], "data": "digits"}
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    module = importlib.import_module(script)
+    monkeypatch.setattr(module, FIRST_STEPS[script][0], lambda *a, **k: raises(KeyboardInterrupt())())
+    assert module.main(argv.format(run=tmp_path).split()) == 130
+    assert capsys.readouterr().err == f"\nstopped; {line.format(run=tmp_path)}\n"
+
+
+def test_what_detection_needs_beside_the_examples_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torchmetrics", None)
+    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(EXAMPLES / "detection/extra.py"))
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == (
+        "error: this needs the packages faster_coco_eval and torchmetrics, which come with: "
+        'pip install -e ".[detection]"\n'
+    )
+
+
+def test_numbers_have_an_end_where_they_are_given_one(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = Parser()
+    arguments.add_argument("--percent", type=number_from(0, above=True, most=100))
+    assert arguments.parse_args(["--percent", "100"]).percent == 100
+    for text in ("0", "100.5", "inf", "nan"):
+        with pytest.raises(SystemExit):
+            arguments.parse_args(["--percent", text])
+        line = f"error: argument --percent: expected a number above 0 up to 100, got '{text}'\n"
+        assert capsys.readouterr().err == line
 
 
 @pytest.mark.parametrize("name", ["meta", "abacus", "cuda:99", "vulkan", "xla", "cpu:x"])

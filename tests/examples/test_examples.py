@@ -151,6 +151,25 @@ def test_a_wrong_argument_is_told(
 # ------------------------------------------------------------------------------------------------------- wrap_your_own
 
 
+@pytest.mark.parametrize("place", ["file/below.pt", "folder"])
+def test_wrap_your_own_tells_before_it_trains_that_it_cannot_write(
+    place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match=place.split("/", maxsplit=1)[0]):
+        wrap_your_own.main(path=tmp_path / place)
+    assert capsys.readouterr().out == ""  # not even the plan
+
+
+def test_to_see_whether_a_file_can_be_written_leaves_all_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "old.pt").write_text("weights")
+    for name in ("old.pt", "new/new.pt"):
+        wrap_your_own.check_writable(tmp_path / name)
+    assert (tmp_path / "old.pt").read_text() == "weights"
+    assert not list((tmp_path / "new").iterdir())
+
+
 def test_wrap_your_own_trains_and_leaves_plain_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wrap_your_own.main(epochs=2, path=tmp_path / "new/backbone.pt")
     printed = capsys.readouterr().out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -63,6 +64,24 @@ def test_the_same_command_gives_the_same_accuracy(run: Path) -> None:
         assert few_labels.main([str(run), *few]) == 0
         found.append(json.loads((run / "few_labels.json").read_text())["accuracy"])
     assert found[0] == found[1]
+
+
+def test_a_class_that_no_training_image_has_is_said_in_one_line(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    x, y = np.zeros((8, 8, 8), dtype=np.uint8), np.arange(8) % 2
+    np.savez(tmp_path / "odd.npz", x_train=x, y_train=y, x_test=x, y_test=y + 1)
+    with pytest.raises(SystemExit) as ended:
+        few_labels.main([str(run), "--data", str(tmp_path / "odd.npz")])
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "odd: no training image has the label 2, as held-out ones do" in line
+
+
+def test_more_than_all_labels_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        few_labels.main(["run", "--percent", "200"])
+    assert capsys.readouterr().err == "error: argument --percent: expected a number above 0 up to 100, got '200'\n"
 
 
 def test_what_is_no_run_is_said_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -532,8 +532,17 @@ def test_arrays_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 
     assert "lacks y_train, y_test" in refused(x_train=x, x_test=x)
     assert "x_train must be uint8 (N, H, W, C), not float64" in refused(x_train=x / 255, y_train=y, x_test=x, y_test=y)
-    assert "4 train images and 3 labels" in refused(x_train=x, y_train=y[:3], x_test=x, y_test=y)
-    assert "0 test images" in refused(x_train=x, y_train=y, x_test=x[:0], y_test=y[:0])
+    path = tmp_path / "a.npz"
+    assert refused(x_train=x, y_train=y[:3], x_test=x, y_test=y).startswith(
+        f"{path} has 4 train images and 3 labels for them"
+    )
+    assert refused(x_train=x, y_train=y, x_test=x[:0], y_test=y[:0]).startswith(f"{path} has no test images")
+    assert "x_train must be uint8 (N, H, W, C) with 1 or 3 channels C, not (4, 8, 8, 2)" in refused(
+        x_train=pixels(4, 8, 8, 2), y_train=y, x_test=x, y_test=y
+    )
+    assert f"{path}: y_train must hold numbers, not Python's objects (dtype object)" == refused(
+        x_train=x, y_train=y.astype(object), x_test=x, y_test=y
+    )
     assert "count from 0; the least is -1" in refused(x_train=x, y_train=y - 1, x_test=x, y_test=y)
     assert "must count from 0; the largest is 1000000001" in refused(x_train=x, y_train=y + 10**9, x_test=x, y_test=y)
     names = np.array(["cat", "dog", "cat", "dog"])
@@ -566,9 +575,12 @@ def test_an_archive_that_is_damaged_or_none_is_one_line(tmp_path: Path) -> None:
         whole[: len(whole) // 2],
         whole[:200] + bytes(200) + whole[400:],
         (tmp_path / "b.npy").read_bytes(),
+        pickle.dumps({"x_train": x}),
     ):
         (tmp_path / "a.npz").write_bytes(contents)
-        assert "a.npz cannot be read as an .npz file (" in refusal(str(tmp_path / "a.npz"))
+        line = refusal(str(tmp_path / "a.npz"))
+        assert "a.npz cannot be read as an .npz file (" in line
+        assert "allow_pickle" not in line
 
 
 def test_a_damaged_file_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

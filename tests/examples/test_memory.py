@@ -129,6 +129,12 @@ def test_the_papers_columns_stand_beside_ours() -> None:
             assert sum(column) == pytest.approx(100, abs=0.02)
 
 
+def test_small_numbers_keep_three_digits() -> None:
+    numbers = [0, 0.001234, 0.0996, 1.5, 27.14, 123.4, 12345.6]
+    assert [memory.three_digits(n) for n in numbers] == ["0", "0.00123", "0.0996", "1.50", "27.1", "123", "12,346"]
+    assert memory.megabytes(40_960) == "0.0410"
+
+
 def test_markdown_is_the_readmes_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     few = [step_costs.Method("end-to-end", None, block=False), step_costs.Method("LoCo", 1, checkpoint=True)]
     monkeypatch.setattr(memory, "methods", lambda setting: few)
@@ -153,6 +159,10 @@ def test_transformers_are_counted_too() -> None:
         (["--arch", "vgg16"], "invalid choice: 'vgg16'"),
         (["--batch-size", "1"], "expected a whole number from 2 up, got '1'"),
         (["--arch", "vit_b_16", "--image-size", "100"], "patches of 16 pixels, got --image-size 100"),
+        (
+            ["--arch", "presnet_small", "--batch-size", "4", "--image-size", "8"],
+            "--image-size 8 leaves a stage of presnet_small a single position, of which BatchNorm has no statistics",
+        ),
     ],
 )
 def test_bad_arguments_get_one_line(arguments: list[str], line: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -391,12 +391,42 @@ def test_the_report_needs_nothing_but_lines_of_results(tmp_path: Path) -> None:
     assert (tmp_path / "page/overlap_curve.png").stat().st_size > 10_000
 
 
+def test_a_narrow_report_drops_columns_and_their_words(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = [line(row, seed, 0.7 + 0.01 * seed, 10_000) for row in ("0", "1", "2") for seed in (0, 1)]
+    found += [{"curve": "labels", "row": row, "step_ms": 1234.5} for row in ("0", "1", "2")]
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(one) + "\n" for one in found))
+
+    def printed(columns: str) -> str:
+        monkeypatch.setenv("COLUMNS", columns)
+        assert overlap_curve.main(["--report", str(tmp_path / "results.jsonl")]) == 0
+        return capsys.readouterr().out.split("wrote")[0]
+
+    wide, narrow = printed("160"), printed("80")
+    assert "GFLOP and ms: of a step" in " ".join(wide.split())
+    assert "1234" in wide
+    assert max(map(len, narrow.splitlines())) <= 80
+    assert not [word for word in ("…", "1234", "GFLOP", "Largest", " ms") if word in narrow]
+    assert "overlap_curve.md has every column" in " ".join(narrow.split())
+
+
+def test_names_that_are_not_there_are_told_with_each_that_is_once() -> None:
+    overlap_curve.all_there(None, [], "it has no")
+    overlap_curve.all_there(["a"], ["a", "b"], "it has no")
+    with pytest.raises(overlap_curve.DataError, match=r"^nobody has c, d; it has a, b$"):
+        overlap_curve.all_there(["c", "a", "d", "c"], ["a", "b", "a"], "nobody has")
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
         (["--curves", "nonsense"], "--preset cpu has no curve nonsense; it has labels, views"),
         (["--batch-size", "41", "--curves", "views"], "tiny has 40 images to train on: too few for a batch of 41"),
-        (["--report", "no.jsonl"], "there is no finished run in no.jsonl"),
+        (["--curves", "nonsense", "--data", "nowhere.npz"], "--preset cpu has no curve nonsense; it has labels, views"),
+        (["--rows", "99"], "--preset cpu has no row 99; it has start, 0, 2, both, 1"),
+        (["--curves", "views", "--rows", "1", "0"], "--curves views has no row 0; it has 1"),
+        (["--report", "no.jsonl"], "there is no file no.jsonl: --report takes a grid's results.jsonl"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(

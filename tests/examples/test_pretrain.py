@@ -101,10 +101,12 @@ def test_a_run_leaves_its_settings_log_and_weights(
     assert pretrain.main(arguments(data, out, "--optimizer", "adamw", "--lr", "0.003")) == 0
     printed = capsys.readouterr().out
     assert "unit 0        #  #\nunit 1           #  #\n" in printed
-    assert re.search(
-        rf"\| loco \| tiny \| conv \| hard \| 3 \| .* \|\nwrote {out}/backbone.pt; .*linear_eval.py {out}\n$", printed
-    )
     log = runs.read_log(out)
+    table = printed.partition("loco: tiny, decoder conv, sharing hard, 3 epochs\n")[2]
+    rows = [line.split()[:3] for line in table.splitlines() if re.match(r" *\d ", line)]
+    assert rows == [[str(k), ("middle", "top")[k], f"{loss:.2f}"] for k, loss in enumerate(log[-1]["losses"])]
+    assert re.search(rf"seconds\.\nwrote {out}/backbone.pt; read it out with: .*linear_eval.py {out}\n$", table)
+    assert max(len(line) for line in table.splitlines() if "wrote" not in line) <= 80
     assert [line["step"] for line in log] == [*range(1, 10)]
     assert [line["epoch"] for line in log[2::3]] == [1, 2, 3]
     for line in log:
@@ -204,6 +206,17 @@ def interrupted_after(steps: int, monkeypatch: pytest.MonkeyPatch, argv: list[st
     with monkeypatch.context() as patch:
         patch.setattr(training.Training, "update", update)
         return pretrain.main(argv)
+
+
+def test_a_run_on_images_without_labels_says_that_its_read_out_needs_others(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arrays = {name: values * (name[0] == "x") for name, values in np.load(data).items()}
+    np.savez(tmp_path / "unlabelled.npz", **arrays)
+    argv = arguments(tmp_path / "unlabelled.npz", tmp_path / "out", "--epochs", "1")
+    assert pretrain.main(argv) == 0
+    ends = f"read it out on labelled images, by their NAME: python examples/linear_eval.py {tmp_path / 'out'} --data NAME\n"
+    assert capsys.readouterr().out.endswith(ends)
 
 
 def test_an_interrupted_run_says_how_to_go_on_and_ends_with_the_same_bits(

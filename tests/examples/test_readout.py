@@ -411,6 +411,23 @@ def test_a_wrong_argument_is_one_line(
     assert re.fullmatch(message, error_of(script, *argv.split(), capsys=capsys))
 
 
+@pytest.mark.parametrize("script", [linear_eval, knn_eval], ids=["linear_eval", "knn_eval"])
+def test_a_class_that_no_training_image_has_is_one_line(
+    script: Any, finished: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arrays = dict(np.load(tiny))
+    np.savez(tmp_path / "odd.npz", **arrays | {"y_test": arrays["y_test"] + 6})
+    line = error_of(script, finished, "--data", tmp_path / "odd.npz", capsys=capsys)
+    assert line.startswith("odd: no training image has the label 6, 7, 8, as held-out ones do: give some to train on")
+
+
+def test_help_ends_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    for script in (linear_eval, knn_eval):
+        with pytest.raises(SystemExit):
+            script.main(["--help"])
+        assert f"example: python examples/{script.__name__}.py " in " ".join(capsys.readouterr().out.split())
+
+
 def test_weights_of_another_architecture_are_one_line(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save(resnet18().state_dict(), finished / "backbone.pt")
     line = error_of(linear_eval, finished, capsys=capsys)

@@ -151,6 +151,8 @@ def test_what_is_no_run_is_refused_in_one_line(tmp_path: Path) -> None:
     runs.write_settings(tmp_path, SETTINGS)
     assert refusal(tmp_path).endswith("is of a run that has not come to its first checkpoint")
     assert "checkpoint-00000001.pt cannot be read" in refusal(tmp_path / "checkpoint-00000001.pt")
+    (tmp_path / "log.jsonl").write_text('{"step": 1}')
+    assert f"{tmp_path / 'log.jsonl'} is no checkpoint: give the run's directory" in refusal(tmp_path / "log.jsonl")
     runs.save_backbone(tmp_path, nn.Linear(3, 3), "pt")
     assert refusal(tmp_path).endswith("holds weights of another architecture than tiny")
     (tmp_path / "backbone.pt").write_bytes((tmp_path / "backbone.pt").read_bytes()[:-99])
@@ -180,6 +182,6 @@ def test_a_full_disk_is_told_with_its_file_and_leaves_nothing_half_written(tmp_p
         path.write_text("half")
         raise RuntimeError("unexpected pos 64 vs 0")  # as torch.save does
 
-    with pytest.raises(OSError, match=r"unexpected pos 64 vs 0.*weights\.pt"):
+    with pytest.raises(OSError, match=r"the disk may be full \(unexpected pos 64 vs 0\).*weights\.pt"):
         write(tmp_path / "weights.pt", fill)
     assert not list(tmp_path.iterdir())
