@@ -323,7 +323,7 @@ def test_a_gradient_that_should_not_be_is_caught(monkeypatch: pytest.MonkeyPatch
 
     def reaches_below(self: LocalWrapper, ends: Any, accumulator: Any, scale: Any) -> None:
         original(self, ends, accumulator, scale)
-        accumulator.push(ends[0].weight.square().sum(), [ends[0].weight], ())
+        accumulator.push([ends[0].weight.square().sum()], [ends[0].weight], ())
 
     model = plain(plan=Plan(3, [Unit(1, 2)]))
     monkeypatch.setattr(LocalWrapper, "_train_penalty", reaches_below)
