@@ -26,12 +26,13 @@ import monitor
 import scale_page
 import step_page
 from command_line import write
-from curves.presets import START
-from curves.results import markdown, markdown_of_stages, mean_and_spread
+from curves.presets import PRESETS, START
+from curves.results import markdown, markdown_of_stages, mean_and_spread, row_name, table_of_stages
 from works.page import text as works_with
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
+STAGES_OF = {curve.name: curve.setting.stages for preset in PRESETS.values() for curve in preset}
 
 
 class Place(NamedTuple):
@@ -76,28 +77,21 @@ def few_labels(runs: Sequence[dict[str, Any]]) -> str:
     found: dict[str, dict[str, list[float]]] = {}
     for run in runs:
         row = run["run"]["row"] if run["start"] == "trained" else START
+        name = row_name(row, STAGES_OF[run["run"]["curve"]])
         for percent, accuracy in run["accuracy"].items():
-            found.setdefault(row, {}).setdefault(percent, []).append(100 * accuracy)
+            found.setdefault(name, {}).setdefault(percent, []).append(100 * accuracy)
     percents = list(next(iter(found.values())))
     lines = [f"| overlap | {' | '.join(f'{percent} % of labels' for percent in percents)} |", "|---|--:|--:|"]
-    lines += [f"| {row_name(row)} | {' | '.join(map(mean_and_spread, by.values()))} |" for row, by in found.items()]
+    lines += [f"| {name} | {' | '.join(map(mean_and_spread, by.values()))} |" for name, by in found.items()]
     return "\n".join(lines) + "\n"
 
 
 def segmentation(runs: Sequence[dict[str, Any]]) -> str:
-    """The mIoU of every stage, mean and standard deviation over seeds."""
+    """The mIoU of every stage."""
     found: dict[str, list[list[float]]] = {}
     for run in runs:
-        found.setdefault(run["row"], []).append([100 * value for value in run["miou"]])
-    stages = len(runs[0]["stages"])
-    lines = [f"| overlap | {' | '.join(f'stage {stage + 1}' for stage in range(stages))} |", f"|---|{'--:|' * stages}"]
-    for row, by_seed in found.items():
-        lines.append(f"| {row_name(row)} | {' | '.join(map(mean_and_spread, zip(*by_seed, strict=True)))} |")
-    return "\n".join(lines) + "\n"
-
-
-def row_name(row: str) -> str:
-    return {START: "random start", "0": "0 (greedy)", "5": "5 (end to end)"}.get(row, row)
+        found.setdefault(row_name(run["row"], len(run["stages"])), []).append(run["miou"])
+    return table_of_stages(found)
 
 
 WHOLE: dict[str, tuple[str, Callable[[Any], str]]] = {

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import statistics
 import sys
 from pathlib import Path
 
@@ -24,6 +23,7 @@ import torch.nn.functional as F
 from backbones import architecture, averaged, told_apart
 from command_line import Parser, at_least, device, number_from, status_of
 from curves.costs import machine
+from curves.results import mean_and_spread
 from inputs.image_sets import DataError, Images
 from inputs.images import load, tell, with_labels
 from inputs.loading import plain_batches, view_batches
@@ -149,11 +149,7 @@ def show(found: dict[str, dict[float, list[float]]]) -> None:
     for percent in next(iter(found.values())):
         table.add_column(f"{percent:g} % of labels", justify="right")
     for row, by_percent in found.items():
-        cells = [
-            f"{statistics.fmean(seen):.1f}" + (f" ± {statistics.stdev(seen):.1f}" if len(seen) > 1 else "")
-            for seen in by_percent.values()
-        ]
-        table.add_row(row, *cells)
+        table.add_row(row, *map(mean_and_spread, by_percent.values()))
     Console().print(table)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress
 from typing import Any
@@ -60,10 +60,15 @@ class Point:
 
     @property
     def name(self) -> str:
-        if self.row in NAMES:
-            return NAMES[self.row]
-        note = " (greedy)" if self.row == GREEDY else " (end to end)" if self.end_to_end else ""
-        return f"{self.row}{note}"
+        return row_name(self.row, self.stages)
+
+
+def row_name(row: str, stages: int) -> str:
+    """What tables call a row: its overlap, with a note at both ends, or what it is instead."""
+    if row in NAMES:
+        return NAMES[row]
+    note = " (greedy)" if row == GREEDY else " (end to end)" if row == str(stages - 1) else ""
+    return f"{row}{note}"
 
 
 def points(lines: Sequence[dict[str, Any]]) -> dict[str, list[Point]]:
@@ -177,13 +182,21 @@ def markdown(lines: Sequence[dict[str, Any]]) -> str:
 
 
 def markdown_of_stages(lines: Sequence[dict[str, Any]], curve: str) -> str:
-    """The read-out of every stage in a curve's rows, mean and standard deviation over the seeds."""
-    stages = next(len(line["stages"]) for line in lines if line["curve"] == curve and "accuracy" in line)
-    text = [f"| overlap | {' | '.join(f'stage {stage + 1}' for stage in range(stages))} |", f"|---|{'--:|' * stages}"]
-    for row in points(lines)[curve]:
-        runs = [line for line in lines if (line["curve"], line["row"]) == (curve, row.row) and "accuracy" in line]
-        by_stage = zip(*(run["stages_accuracy"] for run in runs), strict=True)
-        text.append(f"| {row.name} | {' | '.join(mean_and_spread([100 * a for a in found]) for found in by_stage)} |")
+    """The read-out of every stage in a curve's rows."""
+    found: dict[str, list[list[float]]] = {row.name: [] for row in points(lines)[curve]}
+    for line in lines:
+        if line["curve"] == curve and "accuracy" in line:
+            found[row_name(line["row"], len(line["stages"]))].append(line["stages_accuracy"])
+    return table_of_stages(found)
+
+
+def table_of_stages(found: Mapping[str, Sequence[Sequence[float]]]) -> str:
+    """Per cent of every stage, mean and standard deviation over a row's runs; `found` has shares in 0..1, run by run."""
+    count = len(next(iter(found.values()))[0])
+    text = [f"| overlap | {' | '.join(f'stage {stage + 1}' for stage in range(count))} |", f"|---|{'--:|' * count}"]
+    for name, runs in found.items():
+        by_stage = [mean_and_spread([100 * share for share in stage]) for stage in zip(*runs, strict=True)]
+        text.append(f"| {name} | {' | '.join(by_stage)} |")
     return "\n".join([*text, ""])
 
 
