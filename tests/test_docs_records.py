@@ -40,13 +40,35 @@ RECORDS = sorted({name for name, _ in pages.WHOLE.values()} | {place.record for 
 
 @pytest.mark.parametrize("name", RECORDS)
 def test_a_record_says_by_what_it_was_made(name: str) -> None:
-    found = list(tellings(pages.record(name)))
+    record = pages.record(name)
+    if isinstance(record, list):  # a line for each run, and times of steps, which come of no run
+        runs = [line for line in record if "step_ms" not in line]
+        assert all(list(tellings(run)) for run in runs)
+    found = list(tellings(record))
     assert found
     for part in found:
         assert part["commit"]
         machine = part.get("machine") or part["hardware"]
         assert "torch" in part or "torch" in machine or "torch" in part["versions"]
         assert not re.search(r"""[\s"'=]/\w""", str(part)), "a path of the machine"
+
+
+@pytest.mark.parametrize("name", ["infonce", "many_units", "scale"])
+def test_a_benchmarks_record_has_its_command(name: str) -> None:
+    assert pages.record(f"benchmarks/{name}.json")["command"].startswith("python benchmarks/")
+
+
+def test_the_quickstarts_machine_names_its_torch() -> None:
+    for run in pages.record("quickstart"):
+        assert run["torch"].split("+")[0] in run["machine"]
+
+
+def test_a_table_is_put_in_the_place_of_the_one_that_is_there() -> None:
+    place = pages.Place("page.md", "examples/some.py", "diagnosis/monitor.json", lambda record: "new\n")
+    start, end = "# Title\n\n<!-- examples/some.py -->\n", "<!-- end -->\n\n<!-- end -->\nrest\n"
+    assert pages.put(f"{start}old\n{end}", place) == f"{start}new\n{end}"
+    with pytest.raises(ValueError, match=r"page\.md needs one place from <!-- examples/some\.py --> .* it has 0"):
+        pages.put("# Title\n", place)
 
 
 def measured_tables(text: str) -> int:
