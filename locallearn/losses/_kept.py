@@ -70,9 +70,14 @@ def _backward(rows: Sequence[Tensor], powers: Tensor, totals: Tensor, share: Ten
         weights.diagonal(n).copy_(positive)
         weights.diagonal(-n).copy_(positive)
         return [pull(weights, rows[0])]
+    a, b = rows
+    if form == "one-way" and a.dtype != torch.float16:  # whose range does not hold the powers of all rows at once
+        of_row, positive = scale[0][:, None], positive[:, None]  # rows are scaled in place of the matrix
+        pulled = pull(powers, b), pull_back(powers, (of_row * a).to(a.dtype))
+        return [torch.addcmul(positive * b, of_row, pulled[0]), torch.addcmul(pulled[1], positive, a)]
     weights = powers * (scale[0][:, None] if form == "one-way" else scale[0][:, None] + scale[1])
     weights.diagonal().copy_(positive)
-    return [pull(weights, rows[1]), pull_back(weights, rows[0])]
+    return [pull(weights, b), pull_back(weights, a)]
 
 
 def _left_out(powers: Tensor, n: int, form: str) -> list[Tensor]:
