@@ -58,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
     add("--data", help="CIFAR-10 for the trainings: a path to an .npz, or cifar10; without it they are left out")
     add("--data-dir", type=Path, default=Path("data"), help="where torchvision's files are (%(default)s)")
     add("--imagenette", type=Path, help="the folder that holds imagenette2-160, likewise")
-    add("--commit", help="to be noted in the trainings' results, where this script lies outside of its repository")
+    add("--commit", help="to be noted in the results, where this script lies outside of its repository")
     add("--jobs", type=int, default=14, help="trainings at a time (%(default)s)")
     add(
         "--page",
@@ -93,7 +93,7 @@ def main() -> int:
             print(f"{piece.name}: left for a later call with --resume")
             continue
         else:
-            found = measured(piece, args.device, left)
+            found = measured(piece, args, left)
             if not found.get("unfinished"):
                 write(path, found)
             print(f"{piece.name}: {told(found)}, {found['seconds']:.0f} s", flush=True)
@@ -101,8 +101,8 @@ def main() -> int:
     return 0 if holds else 1
 
 
-def measured(piece: Piece, device: str, left: float) -> Found:
-    began = time.monotonic()
+def measured(piece: Piece, args: argparse.Namespace, left: float) -> Found:
+    device, began = args.device, time.monotonic()
     try:
         found = (
             piece.run(device=device, budget=None if left == float("inf") else left)
@@ -113,7 +113,8 @@ def measured(piece: Piece, device: str, left: float) -> Found:
         found = {"error": f"{type(error).__name__}: {error}", "holds": False}
     if device == "cuda":
         torch.cuda.empty_cache()
-    about = {"device": device, "hardware": machine(device), "commit": commit(), "seconds": time.monotonic() - began}
+    about = {"device": device, "hardware": machine(device), "seconds": time.monotonic() - began}
+    about["commit"] = args.commit or commit()
     return {**found, **about}
 
 
