@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import infonce_cuda
 from steps import ROWS
 
 NAME = "on_gpu"
@@ -48,7 +49,8 @@ def _lines(results: dict[str, Any]) -> Iterator[str]:
     if "overhead" in results:
         yield from _overhead(results["overhead"])
     if "infonce" in results:
-        yield from (f"#{line}" if line.startswith("#") else line for line in results["infonce"]["page"])
+        head, *rows = results["infonce"]["records"]
+        yield from (f"#{line}" if line.startswith("#") else line for line in infonce_cuda.page(head, rows))
 
 
 def _memory(found: list[dict[str, Any]]) -> Iterator[str]:

@@ -183,24 +183,13 @@ def captured(run: Step) -> Step:
 def infonce(device: str, budget: float | None) -> Found:
     """infonce.py's rows for the device: the short form where time is limited."""
     with tempfile.TemporaryDirectory() as folder:
-        lines, written = Path(folder) / "infonce.jsonl", Path(folder) / "infonce.md"
-        command = [
-            sys.executable,
-            "benchmarks/infonce.py",
-            "--device",
-            device,
-            "--json",
-            str(lines),
-            "--write",
-            str(written),
-        ]
+        lines = Path(folder) / "infonce.jsonl"
+        command = [sys.executable, "benchmarks/infonce.py", "--device", device, "--json", str(lines)]
         command += ["--quick", "--budget", f"{min(budget, 75):.0f}"] if budget is not None else []
         ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        found = {
-            "records": [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else [],
-            "page": written.read_text().splitlines() if written.exists() else [],
-        }
-    return {**found, "output": ended.stderr.splitlines()[-40:], "holds": ended.returncode == 0 and bool(found["page"])}
+        records = [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
+    holds = ended.returncode == 0 and len(records) > 1
+    return {"records": records, "output": ended.stderr.splitlines()[-40:], "holds": holds}
 
 
 # -------------------------------------------------------------------------------------------------------- does it learn

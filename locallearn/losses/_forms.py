@@ -57,9 +57,8 @@ def in_batch(
     """
     number, everywhere = len(views), len(counts) > 1
     if labels is None and not everywhere and _may_be_kept(views, how):
-        apart = [torch.cat(tuple(views))] if how.form == "nt-xent" else views
-        scaled = [unit(view, how.temperature) for view in apart]
-        kept: tuple[Tensor, Tensor] = Kept.apply(how.form, how.top1, how.products, *scaled)
+        both = unit(torch.cat(tuple(views)), how.temperature)
+        kept: tuple[Tensor, Tensor] = Kept.apply(both, how.form, how.top1, how.products)
         return kept
 
     rows = [unit(view, how.temperature, plainly=how.tile == 0) for view in views]

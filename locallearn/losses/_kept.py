@@ -9,7 +9,7 @@ a   o # #                    a   o # #                    a   .#### o####      o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,63 +21,66 @@ from locallearn.losses._second import Once
 
 
 class Kept(torch.autograd.Function):
-    """Losses of the anchors, and whether a positive is nearest: views in bits -> (A, N) in nats, (A, N).
+    """Losses of the anchors, and whether a positive is nearest: z (2N, D) in bits -> (A, N) in nats, (A, N) or empty.
 
-    The views are two, (N, D) each, and for NT-Xent one above the other, (2N, D). No logit may exceed 60 bits. What is
-    nearest is told only if `top1`. `products` is the type in which rows are multiplied, if not their own.
+    `z` holds one view above the other, two rows each at least. No logit may exceed 60 bits. What is nearest is told only if
+    `top1`. `products` is the type in which rows are multiplied, if not their own.
     """
 
     @staticmethod
-    def forward(ctx: Any, form: str, top1: bool, products: torch.dtype | None, *views: Tensor) -> tuple[Tensor, Tensor]:
-        rows = [narrow(view, products) for view in views]
-        powers = product(rows[0], rows[-1])
-        n = len(powers) // 2 if form == "nt-xent" else len(powers)
+    def forward(ctx: Any, z: Tensor, form: str, top1: bool, products: torch.dtype | None) -> tuple[Tensor, Tensor]:
+        n, rows = len(z) // 2, narrow(z, products)
+        powers = product(rows, rows) if form == "nt-xent" else product(rows[:n], rows[n:])
         positive = powers.diagonal(n if form == "nt-xent" else 0).clone()  # (N,), the same in both directions
         if products is not None:
-            positive = (views[0][:n] * views[-1][-n:]).sum(1)  # as exact as where there are tiles
+            positive = (z[:n] * z[n:]).sum(1)  # as exact as where there are tiles
         for diagonal in _left_out(powers, n, form):
             diagonal.fill_(-torch.inf)
-        dims = {"nt-xent": [1], "two-way": [1, 0], "one-way": [1]}[form]
-        shape = (1 if form == "one-way" else 2, n)
-        if top1:
-            right = positive > torch.cat([powers.amax(dim) for dim in dims]).view(shape)
-        else:
-            right = torch.zeros(shape, dtype=torch.bool, device=powers.device)
-        powers.exp2_()
-        totals = torch.cat([powers.sum(dim) for dim in dims]).view(shape)
+        untold = torch.empty(0, dtype=torch.bool, device=z.device)
+        right = positive > _along(powers, Tensor.amax, form) if top1 else untold
+        totals = _along(powers.exp2_(), Tensor.sum, form)
         ahead = (positive - totals.log2()) * LN2  # in nats: (A, N)
-        ctx.save_for_backward(powers, totals, ahead, *views)
+        ctx.save_for_backward(z, powers, totals, ahead)
         ctx.form, ctx.products = form, products
         ctx.mark_non_differentiable(right)
+        ctx.set_materialize_grads(False)
         return -F.logsigmoid(ahead), right
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        powers, totals, ahead, *views = ctx.saved_tensors
-        with torch.no_grad(), full_precision(powers.device):
-            rows = [narrow(view, ctx.products) for view in views]
-            moved = _backward(rows, powers, totals, grad * torch.sigmoid(-ahead) * LN2, ctx.form)
+    def backward(ctx: Any, grad: Tensor, _: object) -> tuple[Tensor | None, ...]:
+        z, powers, totals, ahead = ctx.saved_tensors
+        with torch.no_grad(), full_precision(z.device):
+            share = grad * torch.sigmoid(-ahead) * LN2  # of an anchor's negatives together: (A, N)
+            moved = _backward(z, narrow(z, ctx.products), powers, share, share / totals, ctx.form)
         if torch.is_grad_enabled():
-            moved = [Once.apply(view, part) for view, part in zip(views, moved, strict=True)]
-        return None, None, None, *moved
+            moved = Once.apply(z, moved)
+        return moved, None, None, None
 
 
-def _backward(rows: Sequence[Tensor], powers: Tensor, totals: Tensor, share: Tensor, form: str) -> list[Tensor]:
-    n, positive = share.shape[1], -share.sum(0)
-    scale = share / totals.masked_fill(totals == 0, torch.inf)  # without negatives nothing moves
+def _along(matrix: Tensor, reduce: Callable[[Tensor, int], Tensor], form: str) -> Tensor:
+    """Reduce what the anchors look at: (A, N)."""
+    if form == "two-way":
+        return torch.stack([reduce(matrix, 1), reduce(matrix, 0)])
+    return reduce(matrix, 1).view(1 if form == "one-way" else 2, -1)
+
+
+def _backward(z: Tensor, rows: Tensor, powers: Tensor, share: Tensor, scale: Tensor, form: str) -> Tensor:
+    n = len(z) // 2
+    if form == "one-way" and rows.dtype != torch.float16:  # whose range does not hold the powers of all rows at once
+        a, b, of_pair, of_row = z[:n], z[n:], share[0][:, None], scale[0][:, None]
+        pulled = of_row * pull(powers, rows[n:])  # rows are scaled in place of the matrix
+        pulled_back = pull_back(powers, narrow(of_row * a, rows.dtype))
+        ends = torch.addcmul(pulled, of_pair, b, value=-1), torch.addcmul(pulled_back, of_pair, a, value=-1)
+        return torch.cat(ends)
+    positive = -share.sum(0)
     if form == "nt-xent":
         weights = powers * (scale.view(-1, 1) + scale.view(-1))
         weights.diagonal(n).copy_(positive)
         weights.diagonal(-n).copy_(positive)
-        return [pull(weights, rows[0])]
-    a, b = rows
-    if form == "one-way" and a.dtype != torch.float16:  # whose range does not hold the powers of all rows at once
-        of_row, positive = scale[0][:, None], positive[:, None]  # rows are scaled in place of the matrix
-        pulled = pull(powers, b), pull_back(powers, (of_row * a).to(a.dtype))
-        return [torch.addcmul(positive * b, of_row, pulled[0]), torch.addcmul(pulled[1], positive, a)]
+        return pull(weights, rows)
     weights = powers * (scale[0][:, None] if form == "one-way" else scale[0][:, None] + scale[1])
     weights.diagonal().copy_(positive)
-    return [pull(weights, b), pull_back(weights, a)]
+    return torch.cat([pull(weights, rows[n:]), pull_back(weights, rows[:n])])
 
 
 def _left_out(powers: Tensor, n: int, form: str) -> list[Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor
 LN2 = 0.6931471805599453  # nats per bit
 
 _onednn_linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+_wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
 _half_to_single = hasattr(torch.ops.aten.mm, "dtype")  # torch 2.8; on CUDA only
 
 
@@ -28,16 +29,16 @@ def narrow(rows: Tensor, products: torch.dtype | None) -> Tensor:
 def product(a: Tensor, b: Tensor) -> Tensor:
     """Multiply a by the transpose of b: (n, k), (m, k) -> (n, m), from half precision to single. Not differentiable.
 
-    Single precision on a CPU goes to oneDNN: MKL, torch's default, takes a slow path on AMD processors (100 against
-    220 GFLOP/s on one core of an EPYC with AVX-512). It begins later, so small products stay with torch. Half precision
-    is exact there, and no faster.
+    Single precision on a CPU with AVX-512 goes to oneDNN: MKL, torch's default, takes a slow path on AMD processors (100
+    against 220 GFLOP/s on one core of an EPYC; with AVX2 alone they are level). It begins later, so small products stay
+    with torch. Half precision is exact there, and no faster.
     """
     if a.dtype in (torch.bfloat16, torch.float16):
         if _half_to_single and a.is_cuda:
             return torch.mm(a, b.t(), out_dtype=torch.float32)
         return product(a.float(), b.float())
     large = a.shape[0] * a.shape[1] * b.shape[0] > 2**21
-    if large and _onednn_linear is not None and a.device.type == "cpu" and a.dtype == torch.float32:
+    if _wide and large and _onednn_linear is not None and a.device.type == "cpu" and a.dtype == torch.float32:
         product_: Tensor = _onednn_linear(a, b, None, "none", [], "")
         return product_
     return a @ b.t()

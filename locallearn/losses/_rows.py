@@ -53,15 +53,15 @@ class _Unit(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, length: float) -> Tensor:
         largest = _largest(x)
         rows = x / largest
-        scale = length / torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp_(min=0.5)
-        rows *= scale
-        ctx.save_for_backward(rows, (scale / largest).clamp_(max=torch.finfo(x.dtype).max))
+        shrink = torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp_(min=0.5).div_(length)
+        rows /= shrink
+        ctx.save_for_backward(rows, (shrink * largest).clamp_(min=torch.finfo(x.dtype).tiny))
         ctx.length = length
         return rows
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        rows, scale = ctx.saved_tensors
+        rows, shrink = ctx.saved_tensors
         along = (grad * rows).sum(-1, keepdim=True)
-        moved = torch.addcmul(grad, rows, along, value=-(ctx.length**-2)) * scale
+        moved = torch.addcmul(grad, rows, along, value=-(ctx.length**-2)) / shrink
         return Once.apply(rows, moved) if torch.is_grad_enabled() else moved, None

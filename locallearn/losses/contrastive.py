@@ -202,7 +202,7 @@ def info_nce(
         if reduction == "sum":
             losses = losses.sum() * len(counts)
         elif reduction == "mean":
-            losses = losses.sum() / (right.numel() * sum(counts) / (len(counts) * views[0].shape[0]))
+            losses = losses.sum() / (losses.numel() * sum(counts) / (len(counts) * views[0].shape[0]))
     if not return_top1:
         return losses
     return losses, right if reduction == "none" else right.float().mean()
