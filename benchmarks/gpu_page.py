@@ -14,8 +14,14 @@ NAME = "on_gpu"
 
 
 def page(found: Path, directory: Path) -> None:
-    """Write `on_gpu.json`, all results of the folder `found`, and `on_gpu.md`, which is made of it."""
+    """Write `on_gpu.json`, all results of the folder `found`, and `on_gpu.md`, which is made of it.
+
+    Of what a piece has printed only the names of failed tests are kept: the rest names files of the machine.
+    """
     results = {path.stem: json.loads(path.read_text()) for path in sorted(found.glob("*.json"))}
+    for result in results.values():
+        if "output" in result:
+            result["output"] = [line for line in result["output"] if line.startswith(("FAILED ", "ERROR "))]
     directory.mkdir(parents=True, exist_ok=True)
     (directory / f"{NAME}.json").write_text(json.dumps(results, indent=1) + "\n")
     (directory / f"{NAME}.md").write_text(text(results))
@@ -37,7 +43,9 @@ def _lines(results: dict[str, Any]) -> Iterator[str]:
         counts = results["tests"]["counts"]
         yield f"`pytest -m cuda`: {', '.join(f'{count} {what}' for what, count in counts.items())}."
         yield ""
-        failed = [line.removeprefix("FAILED ") for line in results["tests"]["output"] if line.startswith("FAILED ")]
+        failed = [
+            line.partition(" ")[2] for line in results["tests"]["output"] if line.startswith(("FAILED ", "ERROR "))
+        ]
         yield from [f"- `{line}`" for line in failed] + [""] * bool(failed)
     yield from _memory([found for name, found in results.items() if name.startswith("memory-") and "arch" in found])
     rates = results.get("rates", {}).get("flops_per_second", {})

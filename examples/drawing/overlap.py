@@ -19,8 +19,9 @@ OTHERS = {BOTH: "D", UPPER: "s", DEEP: "^", SOFT: "v", FIRST: "P"}  # the marks 
 
 
 def draw_curves(lines: Sequence[dict[str, Any]], path: Path) -> None:
-    """`lines`: of results.jsonl; pilots are drawn where there is nothing else."""
+    """`lines`: of results.jsonl; pilots, and curves of a single row, are drawn where there is nothing else."""
     found = points(lines)
+    found = {name: rows for name, rows in found.items() if len(rows) > 1} or found
     curves = {name: rows for name, rows in found.items() if not is_pilot(name)} or found
     across = min(ACROSS, len(curves))
     down = -(-len(curves) // across)
