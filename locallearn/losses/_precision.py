@@ -10,7 +10,7 @@ from torch import Tensor
 LN2 = 0.6931471805599453  # nats per bit
 
 _onednn_linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-_wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
+_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 _half_to_single = hasattr(torch.ops.aten.mm, "dtype")  # torch 2.8; on CUDA only
 
 
@@ -38,7 +38,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
             return torch.mm(a, b.t(), out_dtype=torch.float32)
         return product(a.float(), b.float())
     large = a.shape[0] * a.shape[1] * b.shape[0] > 2**21
-    if _wide and large and _onednn_linear is not None and a.device.type == "cpu" and a.dtype == torch.float32:
+    if _avx512 and large and _onednn_linear is not None and a.device.type == "cpu" and a.dtype == torch.float32:
         product_: Tensor = _onednn_linear(a, b, None, "none", [], "")
         return product_
     return a @ b.t()
